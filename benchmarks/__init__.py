@@ -1,0 +1,1 @@
+"""Measurements; results/ holds their tables with the machine they were made on."""

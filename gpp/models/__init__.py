@@ -1,0 +1,1 @@
+"""Plain torch modules to train; nothing in them knows of pipelines."""

@@ -1,0 +1,322 @@
+"""A plan: the stage graph (GraphPipe §3, G_S), on which devices, in which micro-batches, and its estimate.
+
+Seconds, bytes, samples. A plan simulates by itself: it needs neither the model nor the cost table that it was
+made with, only their fingerprints. One function, `stage_memory`, states the memory model.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from gpp.graph import ComputationGraph
+from gpp.records import RecordError, from_json, to_json
+from gpp.topology import DeviceTopology
+
+FORMAT = "gpp.plan/1"
+
+
+class PlanError(ValueError):
+    """A plan that breaks a rule, or a request that no plan can meet."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Times of one micro-batch on one replica (of `update`: of one step)."""
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    recompute: float = 0.0
+    update: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        """Both halves of the backward pass."""
+        return self.backward_input + self.backward_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A convex set of operators on some devices, with its share of the schedule (GraphPipe §3, S_i).
+
+    `in_flight` counts samples over all replicas; a replica works on `micro_batch / len(devices)` samples at a
+    time. `stash` and `weight_stash` are bytes per sample; `parameter_bytes` and the rest are bytes of one
+    replica.
+    """
+
+    name: str
+    operators: tuple[str, ...]
+    devices: tuple[int, ...]
+    micro_batch: int
+    in_flight: int
+    seconds: StageSeconds
+    k: int = 1
+    recompute: bool = False
+    stash: float = 0.0
+    weight_stash: float = 0.0
+    parameter_bytes: int = 0
+    trainable_bytes: int = 0
+    optimizer_bytes: int = 0
+    buffer_bytes: int = 0
+    batch_keys: tuple[str, ...] = ()
+    terms: tuple[str, ...] = ()
+    has_backward: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.operators:
+            raise PlanError(f"stage {self.name} has no operators")
+        if not self.devices or len(set(self.devices)) != len(self.devices):
+            raise PlanError(f"stage {self.name} needs distinct devices, it has {self.devices}")
+        if self.micro_batch < 1 or self.k < 1 or self.in_flight < 1:
+            raise PlanError(
+                f"stage {self.name}: micro_batch, k and in_flight must be at least 1, they are "
+                f"{self.micro_batch}, {self.k}, {self.in_flight}"
+            )
+        if self.micro_batch % len(self.devices):
+            raise PlanError(
+                f"micro-batch {self.micro_batch} of stage {self.name} does not divide over its "
+                f"{len(self.devices)} devices"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """All tensors from one stage to another; `bytes` per sample forward, `gradient_bytes` per sample back."""
+
+    source: int
+    target: int
+    tensors: tuple[str, ...]
+    bytes: int
+    gradient_bytes: int
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a gradient message returns."""
+        return self.gradient_bytes > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Tied parameters: held by several stages, their gradients summed over them."""
+
+    parameters: tuple[str, ...]
+    bytes: int
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """Stages in a topological order and the edges between them, sorted by (source, target)."""
+
+    stages: tuple[Stage, ...]
+    edges: tuple[Edge, ...]
+    shared: tuple[Shared, ...] = ()
+
+    def __post_init__(self) -> None:
+        pairs = [(e.source, e.target) for e in self.edges]
+        if pairs != sorted(set(pairs)):
+            raise PlanError(f"edges must be unique and sorted by (source, target), they are {pairs}")
+        for source, target in pairs:
+            if not 0 <= source < target < len(self.stages):
+                raise PlanError(
+                    f"edge {source} -> {target}: stages must be numbered in topological order, "
+                    f"0 to {len(self.stages) - 1}"
+                )
+        for item in self.shared:
+            if any(not 0 <= s < len(self.stages) for s in item.stages):
+                raise PlanError(f"tied parameter {item.parameters} names a stage that is not there")
+
+    @cached_property
+    def successors(self) -> tuple[tuple[int, ...], ...]:
+        """Stages that each stage sends to."""
+        return tuple(tuple(e.target for e in self.edges if e.source == s) for s in range(len(self.stages)))
+
+    @cached_property
+    def predecessors(self) -> tuple[tuple[int, ...], ...]:
+        """Stages that each stage receives from."""
+        return tuple(tuple(e.source for e in self.edges if e.target == s) for s in range(len(self.stages)))
+
+    @property
+    def depth(self) -> int:
+        """Stages on the longest path: the pipeline depth (GraphPipe §2)."""
+        depths: list[int] = []
+        for s in range(len(self.stages)):
+            depths.append(1 + max((depths[p] for p in self.predecessors[s]), default=0))
+        return max(depths)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How tasks are ordered: "1f1b" or "gpipe", and micro-batches of warm-up beyond the rule's own."""
+
+    name: str = "1f1b"
+    extra_warm_up: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("1f1b", "gpipe"):
+            raise PlanError(f"schedule {self.name!r} is unknown; it can be 1f1b or gpipe")
+        if self.extra_warm_up < 0:
+            raise PlanError(f"schedule.extra_warm_up must not be negative, it is {self.extra_warm_up}")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """Digests of what the plan was made from."""
+
+    graph: str
+    costs: str
+    topology: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything needed to schedule, simulate and run one training step.
+
+    `estimate` and `lower_bound` are seconds of one step. `loss_weighted` and `global_norm` say which scalars
+    all stages must agree on before they update.
+    """
+
+    stage_graph: StageGraph
+    topology: DeviceTopology
+    mini_batch: int
+    policy: Policy
+    fingerprints: Fingerprints
+    planner: str
+    precision: str = "float32"
+    estimate: float = 0.0
+    lower_bound: float = 0.0
+    loss_weighted: bool = False
+    global_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mini_batch < 1:
+            raise PlanError(f"mini_batch must be at least 1, it is {self.mini_batch}")
+        count = len(self.topology.devices)
+        owner: dict[int, str] = {}
+        for stage in self.stage_graph.stages:
+            if self.mini_batch % stage.micro_batch:
+                raise PlanError(
+                    f"micro-batch {stage.micro_batch} of stage {stage.name} does not divide the mini-batch "
+                    f"{self.mini_batch}"
+                )
+            for device in stage.devices:
+                if not 0 <= device < count:
+                    raise PlanError(
+                        f"stage {stage.name} uses device {device}; the cluster has devices 0 to {count - 1}"
+                    )
+                if device in owner:
+                    raise PlanError(
+                        f"device {device} belongs to stage {owner[device]} and to stage {stage.name}"
+                    )
+                owner[device] = stage.name
+
+    @property
+    def idle_devices(self) -> tuple[int, ...]:
+        """Devices that no stage uses."""
+        used = {d for stage in self.stage_graph.stages for d in stage.devices}
+        return tuple(d for d in range(len(self.topology.devices)) if d not in used)
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The plan as JSON (plan.json), the same text for the same plan."""
+    return to_json(plan, FORMAT)
+
+
+def plan_from_json(text: str) -> Plan:
+    """Read `plan_to_json`'s text back. Raises PlanError naming what is malformed or breaks a rule."""
+    try:
+        return from_json(Plan, text, FORMAT)
+    except RecordError as error:
+        raise PlanError(f"not a plan: {error}") from None
+    except PlanError:
+        raise
+    except ValueError as error:
+        raise PlanError(f"not a plan: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes on each device of a stage at its peak."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    stash: float
+    messages: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.stash + self.messages
+
+
+def stage_memory(graph: StageGraph, index: int) -> StageMemory:
+    """The memory model (GraphPipe §5): a whole copy of weights, gradients and optimizer state on each
+    replica, its share of the stash of all samples in flight, and the rings of message buffers at both ends
+    of its edges: as many messages as the upstream stage may have forwarded and not yet seen back.
+    """
+    stage = graph.stages[index]
+    share = 1 / len(stage.devices)
+    messages = 0.0
+    for edge in graph.edges:
+        if index in (edge.source, edge.target):
+            upstream = graph.stages[edge.source]
+            messages += (edge.bytes + edge.gradient_bytes) * upstream.in_flight * share
+    return StageMemory(
+        parameters=stage.parameter_bytes,
+        gradients=stage.trainable_bytes,
+        optimizer=stage.optimizer_bytes,
+        buffers=stage.buffer_bytes,
+        stash=stage.stash * stage.in_flight * share,
+        messages=messages,
+    )
+
+
+def check_plan(plan: Plan, graph: ComputationGraph | None = None) -> None:
+    """Raise PlanError unless the plan is valid (GraphPipe §3, C1-C3 and the memory constraint).
+
+    Without the graph only what the plan knows of itself is checked: devices and memory. With it also that the
+    stages partition the operators, each stage is convex, and the edges are exactly the graph's.
+    """
+    for index, stage in enumerate(plan.stage_graph.stages):
+        need = stage_memory(plan.stage_graph, index).total
+        for device in stage.devices:
+            have = plan.topology.devices[device].memory
+            if need > have:
+                raise PlanError(
+                    f"stage {stage.name} needs {need / 2**20:.1f} MiB on device {device}, which has "
+                    f"{have / 2**20:.1f} MiB; use more devices or a smaller train.micro_batch"
+                )
+    if graph is not None:
+        _check_against_graph(plan, graph)
+
+
+def _check_against_graph(plan: Plan, graph: ComputationGraph) -> None:
+    stage_of: dict[str, int] = {}
+    for index, stage in enumerate(plan.stage_graph.stages):
+        for name in stage.operators:
+            if name not in graph.index:
+                raise PlanError(f"stage {stage.name} has operator {name}, which the model has not")
+            if name in stage_of:
+                raise PlanError(f"operator {name} is in two stages: a partition is needed")
+            stage_of[name] = index
+    missing = [op.name for op in graph.operators if op.name not in stage_of]
+    if missing:
+        raise PlanError(f"operator {missing[0]} and {len(missing) - 1} more are in no stage")
+    for stage in plan.stage_graph.stages:
+        if not graph.is_convex(graph.index[name] for name in stage.operators):
+            raise PlanError(f"stage {stage.name} is not convex: a path leaves it and comes back")
+        coupled = [n for n in stage.operators if graph.operators[graph.index[n]].batch_coupled]
+        if coupled and len(stage.devices) > 1:
+            raise PlanError(
+                f"stage {stage.name} has {len(stage.devices)} replicas, but {coupled[0]} mixes samples"
+            )
+    expected = {
+        (stage_of[graph.operators[u].name], stage_of[graph.operators[v].name]) for u, v in graph.edges
+    }
+    expected = {(s, t) for s, t in expected if s != t}
+    found = {(e.source, e.target) for e in plan.stage_graph.edges}
+    if expected != found:
+        raise PlanError(
+            f"the stage graph's edges {sorted(found)} are not those of the model, {sorted(expected)}"
+        )

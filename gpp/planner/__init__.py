@@ -1,0 +1,1 @@
+"""Planners: a computation graph and a topology to a plan."""

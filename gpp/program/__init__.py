@@ -1,0 +1,1 @@
+"""A stage to the functions that its rank executes."""

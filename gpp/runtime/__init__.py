@@ -1,0 +1,1 @@
+"""What executes a schedule: communicators, buffers, the executor, the trainer."""

@@ -1,0 +1,1 @@
+"""A plan's work as instructions per rank: order, lowered to messages, checked."""

@@ -1,0 +1,1 @@
+"""Fused operators in Triton, one a file: forward, backward, registration, CPU reference."""

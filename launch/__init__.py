@@ -1,0 +1,1 @@
+"""Commands: configuration to records, and what runs them."""
