@@ -62,12 +62,13 @@ class TrainFunctions:
     `inputs` = received values in StageFunctions.inputs' order, then batch keys in StageFunctions.batch_keys'
     order; `position` = int64 tensor (step, first sample). Mutates batch-norm buffers in place.
     `backward_input(parameters, stash, gradients)`: `gradients` of the outputs that need one, in order. The
-    stash list is emptied. `backward_weight(stash)` returns gradients of the trainable parameters in order.
+    stash list is emptied. `backward_weight(parameters, stash)` returns gradients of the trainable parameters
+    in order, None for those that the loss does not reach.
     """
 
     forward: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], ForwardResult]
     backward_input: Callable[[Sequence[Tensor], list[Tensor], Sequence[Tensor]], BackwardInputResult]
-    backward_weight: Callable[[Sequence[Tensor], list[Tensor]], Sequence[Tensor]]
+    backward_weight: Callable[[Sequence[Tensor], list[Tensor]], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +116,3 @@ class TermSum:
     terms: tuple[tuple[str, float], ...]
     constant: float
     weight: tuple[tuple[str, float], ...] | None
-    weight_constant: float = 0.0

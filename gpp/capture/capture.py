@@ -1,0 +1,185 @@
+"""A torch module to its computation graph and to the traced graphs that its stages are carved from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from gpp.graph import ComputationGraph
+from gpp.program.stage import TermSum
+from gpp.program.traced import TracedMode, TracedModel, symbol
+
+from .dependence import Dependences, dependences
+from .export import CaptureError, Exported, export_mode
+from .grouping import Grouping, group
+from .measure import measure
+from .operators import boundary, build_graph
+from .tail import Tails, split_tails
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a mode returns: the loss and the metrics as sums of terms."""
+
+    loss: TermSum
+    metrics: tuple[TermSum, ...]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model: `graph` to plan with, `traced` to run; `coupled` names operators that mix samples.
+
+    `roots` are the seeds of the loss terms' gradients. `loss_coupled` is set where the loss of a batch does
+    not follow from its halves' losses: it mixes samples, or divides by something else than their number.
+    `coupled_metrics` are metrics of that kind: they are averaged over micro-batches.
+    """
+
+    graph: ComputationGraph
+    traced: TracedModel
+    train: Results
+    evaluate: Results
+    roots: Mapping[str, float]
+    coupled: tuple[str, ...]
+    loss_coupled: bool
+    coupled_metrics: tuple[str, ...]
+
+
+def capture(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> Captured:
+    """Capture `model` with an example batch of export.EXAMPLES samples on the model's device (meta works).
+
+    Raises CaptureError naming the module and the reason.
+    """
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    if not any(trainable.values()):
+        raise CaptureError(f"{type(model).__name__} has no trainable parameter")
+    modes = {
+        training: _Mode.make(model, export_mode(model, batch, training=training, seed=seed), batch)
+        for training in (True, False)
+    }
+    train, evaluate = modes[True], modes[False]
+    costs = measure(train.exported, trainable)
+    if not any(costs[name].requires_grad for name in train.tails.roots):
+        raise CaptureError(f"the loss of {type(model).__name__} depends on no trainable parameter")
+    sizes = {
+        name: value.numel() * value.element_size()
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+    }
+    loss_coupled = _mixing(train, train.tails.loss)
+    graph = build_graph(train.exported, train.facts, train.tails, train.grouping, costs, trainable, sizes)
+    if loss_coupled:  # its stages see whole micro-batches: no replicas
+        graph = replace(
+            graph,
+            operators=tuple(
+                replace(
+                    op, batch_coupled=op.batch_coupled or not train.tails.roots.keys().isdisjoint(op.terms)
+                )
+                for op in graph.operators
+            ),
+        )
+    learning = frozenset(name for name, cost in costs.items() if cost.requires_grad)
+    return Captured(
+        graph=graph,
+        traced=TracedModel(
+            train=replace(train.traced(), needs_grad=learning),
+            evaluate=_matched(evaluate, graph).traced(),
+            trainable=trainable,
+        ),
+        train=Results(train.tails.loss, train.tails.metrics),
+        evaluate=Results(evaluate.tails.loss, evaluate.tails.metrics),
+        roots=train.tails.roots,
+        coupled=tuple(op.name for op in graph.operators if op.batch_coupled),
+        loss_coupled=loss_coupled,
+        coupled_metrics=tuple(m.name for m in train.tails.metrics if _mixing(train, m)),
+    )
+
+
+@dataclass(frozen=True)
+class _Mode:
+    exported: Exported
+    facts: Dependences
+    tails: Tails
+    grouping: Grouping
+
+    @classmethod
+    def make(cls, model: nn.Module, exported: Exported, batch: Mapping[str, Tensor]) -> "_Mode":
+        facts = dependences(exported, _values(model, exported, batch))
+        tails = split_tails(exported)
+        return cls(exported, facts, tails, group(exported, facts, tails))
+
+    def traced(self) -> TracedMode:
+        return TracedMode(
+            module=self.exported.module,
+            parameters=self.exported.parameters,
+            buffers=self.exported.buffers,
+            constants=self.exported.constants,
+            batch_keys=self.exported.batch_keys,
+            operator_of=self.grouping.operator_of,
+            attached=self.grouping.attached,
+            boundary=frozenset(n.name for ns in boundary(self.exported, self.grouping).values() for n in ns),
+            needs_grad=frozenset(),
+            terms={name: name for name in sorted(self.tails.terms)},
+        )
+
+
+def _values(model: nn.Module, exported: Exported, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Real values for the probe, or None for a model on the meta device."""
+    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    state |= dict(model.named_buffers(remove_duplicate=False))
+    values = {k: state[v] for k, v in {**exported.parameters, **exported.buffers}.items()}
+    values |= exported.constants
+    values |= {k: batch[v] for k, v in exported.batch_keys.items()}
+    return None if any(v.is_meta for v in values.values()) else values
+
+
+def _matched(mode: _Mode, graph: ComputationGraph) -> _Mode:
+    """Evaluation's operators under the names of training's.
+
+    Both are grouped by the same rule, so they carry the same names where both have them; an operator that
+    only evaluation has goes with the operator before it in evaluation's order.
+    """
+    names = {}
+    last = graph.operators[0].name
+    for name in mode.grouping.names:
+        last = names[name] = name if name in graph.index else last
+    if all(k == v for k, v in names.items()):
+        return mode
+    return replace(
+        mode,
+        grouping=replace(
+            mode.grouping,
+            names=tuple(dict.fromkeys(names.values())),
+            operator_of={k: names[v] for k, v in mode.grouping.operator_of.items()},
+            attached={k: names[v] for k, v in mode.grouping.attached.items()},
+        ),
+    )
+
+
+def _mixing(mode: _Mode, result: TermSum) -> bool:
+    """Whether a result of a batch is not what its halves' results say.
+
+    A mean must be the mean of the halves' means, the parts of a pair the sums. Where nothing was run a term
+    that was computed from pairs of samples (a contrastive matrix) gives it away.
+    """
+    scalars = mode.facts.scalars
+    if not scalars:
+        return _reads_pairs(mode, {name for name, _ in result.terms})
+    share = 0.5 if result.weight is None else 1.0
+    for name, _ in (*result.terms, *(result.weight or ())):
+        if name in scalars:
+            whole, first, second = scalars[name]
+            joined = share * (first + second)
+            if abs(whole - joined) > 1e-3 * max(abs(whole), abs(first), abs(second), 1e-6):
+                return True
+    return False
+
+
+def _reads_pairs(mode: _Mode, terms: set[str]) -> bool:
+    upstream: set[str] = set()
+    for node in reversed(list(mode.exported.module.graph.nodes)):
+        if node.name in terms or any(u.name in upstream for u in node.users):
+            upstream.add(node.name)
+    return any(
+        sum(symbol(size) is not None for size in node.meta["val"].shape) > 1
+        for node in mode.exported.module.graph.nodes
+        if node.name in upstream and isinstance(node.meta.get("val"), Tensor)
+    )

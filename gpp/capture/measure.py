@@ -1,0 +1,139 @@
+"""What each node costs, from one run on fake tensors under autograd: no arithmetic, any size of model.
+
+Gives per node the FLOPs, bytes moved and kernels of forward, exactly what autograd saves, and whether a
+gradient flows (an exported graph's own `requires_grad` is False everywhere).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from gpp.program.traced import POSITION
+
+from .export import EXAMPLES, Exported
+
+
+@dataclass
+class NodeCost:
+    """Totals over EXAMPLES samples; `saved` maps storages that backward needs to their bytes."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    kernels: int = 0
+    saved: dict[int, int] = field(default_factory=dict)
+    requires_grad: bool = False
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+
+def measure(exported: Exported, trainable: Mapping[str, bool]) -> dict[str, NodeCost]:
+    """Run the graph on fake tensors and note every node's cost."""
+    costs: dict[str, NodeCost] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        values = {
+            node.name: fake_value(node, exported, trainable, mode)
+            for node in exported.module.graph.nodes
+            if node.op == "placeholder"
+        }
+        state = {_storage(v) for k, v in values.items() if k not in exported.batch_keys and v is not None}
+        _Measured(exported.module, values, state, costs).run()
+    return costs
+
+
+def fake_value(
+    node: fx.Node, exported: Exported, trainable: Mapping[str, bool], mode: FakeTensorMode
+) -> Tensor:
+    """A fake tensor for one placeholder at EXAMPLES samples."""
+    if node.target == POSITION:
+        return torch.zeros(2, dtype=torch.int64)
+    if node.name in exported.constants:
+        return mode.from_tensor(exported.constants[node.name])
+    value = node.meta["val"]
+    shape = [EXAMPLES if isinstance(size, torch.SymInt) else size for size in value.shape]
+    made = torch.empty(shape, dtype=value.dtype)
+    if node.name in exported.parameters and trainable[exported.parameters[node.name]]:
+        made.requires_grad_()
+    return made
+
+
+def _storage(value: Tensor) -> int:
+    return int(value.untyped_storage()._cdata)
+
+
+class _Measured(fx.Interpreter):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        values: Mapping[str, Tensor],
+        state: set[int],
+        costs: dict[str, NodeCost],
+    ) -> None:
+        super().__init__(module)
+        self.values = values
+        self.state = state
+        self.costs = costs
+        self.kept: list[Tensor] = []  # keeps storages alive, so that their addresses stay theirs
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            value = self.values[node.name]
+            self.costs[node.name] = _shaped(NodeCost(), value)
+            return value
+        if node.op == "output":
+            return None
+        cost = self.costs[node.name] = NodeCost()
+
+        def save(tensor: Tensor) -> Tensor:
+            storage = _storage(tensor)
+            if storage not in self.state:
+                cost.saved[storage] = tensor.untyped_storage().nbytes()
+                self.kept.append(tensor)
+            return tensor
+
+        with _Counter(cost), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+            result = super().run_node(node)
+        return _shaped(cost, result) and result
+
+
+def _shaped(cost: NodeCost, value: Any) -> NodeCost:
+    if isinstance(value, Tensor):
+        cost.shape, cost.dtype = tuple(value.shape), value.dtype
+        cost.requires_grad = value.requires_grad
+    elif isinstance(value, tuple | list):
+        cost.requires_grad = any(isinstance(v, Tensor) and v.requires_grad for v in value)
+    return cost
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what is dispatched below autograd while one node runs."""
+
+    def __init__(self, cost: NodeCost) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cost = cost
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.is_view or func.namespace not in ("aten", "gpp"):
+            return result
+        tensors = [a for a in [*args, *kwargs.values()] if isinstance(a, Tensor)]
+        made = [
+            r for r in (result if isinstance(result, tuple | list) else [result]) if isinstance(r, Tensor)
+        ]
+        if not made or func in (torch.ops.aten.detach.default, torch.ops.aten.sym_size.int):
+            return result
+        self.cost.kernels += 1
+        self.cost.bytes += sum(math.prod(t.shape) * t.element_size() for t in [*tensors, *made])
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.cost.flops += formula(*args, **kwargs, out_val=result)
+        else:
+            self.cost.flops += max(math.prod(t.shape) for t in [*tensors, *made])
+        return result

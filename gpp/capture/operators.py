@@ -1,0 +1,220 @@
+"""The captured model as a ComputationGraph: operators with their costs, tensors between them.
+
+FLOPs, bytes moved and the stash of forward are measured on fake tensors; a backward half is charged what its
+forward cost: a product of activations and weights has one product in either half, a product of two
+activations two in the input half, everything else its traffic once more in the input half.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from gpp.graph import DTYPE_BYTES, ComputationGraph, Operator, Parameter, Work
+from gpp.graph import Tensor as Value
+
+from .dependence import Dependence, Dependences
+from .export import EXAMPLES, Exported
+from .grouping import Grouping, base_name
+from .measure import NodeCost
+from .tail import Tails
+
+_DTYPE = {getattr(torch, name): name for name in DTYPE_BYTES}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A torch dtype's name in records."""
+    return _DTYPE[dtype]
+
+
+def boundary(exported: Exported, grouping: Grouping) -> dict[str, list[fx.Node]]:
+    """Operator to those of its nodes that other operators read, in graph order."""
+    out: dict[str, list[fx.Node]] = {name: [] for name in grouping.names}
+    for node in exported.module.graph.nodes:
+        owner = grouping.operator_of.get(node.name)
+        if owner is not None and any(grouping.operator_of.get(u.name, owner) != owner for u in node.users):
+            out[owner].append(node)
+    return out
+
+
+def inherited(exported: Exported, facts: Dependences) -> dict[str, set[str]]:
+    """For each node the state placeholders that it reads itself or through tables."""
+    reach: dict[str, set[str]] = {}
+    for node in exported.module.graph.nodes:
+        found: set[str] = set()
+        for used in node.all_input_nodes:
+            kind = facts.kind[used.name]
+            if kind is Dependence.STATE:
+                found.add(used.name)
+            elif kind in (Dependence.TABLE, Dependence.SIZE):
+                found |= reach[used.name]
+        reach[node.name] = found
+    return reach
+
+
+def build_graph(
+    exported: Exported,
+    facts: Dependences,
+    tails: Tails,
+    grouping: Grouping,
+    costs: Mapping[str, NodeCost],
+    trainable: Mapping[str, bool],
+    sizes: Mapping[str, int],
+) -> ComputationGraph:
+    """Assemble the graph; `sizes` gives the bytes of parameters and buffers by full name."""
+    members: dict[str, list[fx.Node]] = {name: [] for name in grouping.names}
+    for node in exported.module.graph.nodes:
+        owner = grouping.operator_of.get(node.name) or grouping.attached.get(node.name)
+        if owner is not None:
+            members[owner].append(node)
+    crossing = boundary(exported, grouping)
+    reach = inherited(exported, facts)
+    return ComputationGraph(
+        operators=tuple(
+            _operator(
+                name,
+                members[name],
+                crossing[name],
+                exported,
+                facts,
+                tails,
+                grouping,
+                costs,
+                trainable,
+                sizes,
+                reach,
+            )
+            for name in grouping.names
+        ),
+        loss_weighted=tails.loss.weight is not None,
+    )
+
+
+def _operator(
+    name: str,
+    members: list[fx.Node],
+    crossing: list[fx.Node],
+    exported: Exported,
+    facts: Dependences,
+    tails: Tails,
+    grouping: Grouping,
+    costs: Mapping[str, NodeCost],
+    trainable: Mapping[str, bool],
+    sizes: Mapping[str, int],
+    reach: Mapping[str, set[str]],
+) -> Operator:
+    state = {s for node in members for s in reach[node.name]}
+    parameters = sorted({exported.parameters[s] for s in state if s in exported.parameters})
+    buffers = {exported.buffers[s] for s in state if s in exported.buffers}
+    inside = {n.name for n in members}
+    inputs = {
+        used.name: None
+        for node in members
+        for used in node.all_input_nodes
+        if facts.kind[used.name] is Dependence.SAMPLES and used.name not in inside
+    }
+    keys = {
+        exported.batch_keys[used.name]: None
+        for node in members
+        for used in node.all_input_nodes
+        if used.name in exported.batch_keys
+    }
+    forward, back_input, back_weight = _works(members, exported, facts, costs, trainable, reach)
+    saved = {k: v for node in members for k, v in costs[node.name].saved.items()}
+    weight_stash = sum(
+        _bytes(used, costs) + _bytes(node, costs)
+        for node in members
+        if _learns(node, exported, trainable, reach)
+        for used in node.all_input_nodes[:1]
+        if facts.kind[used.name] in (Dependence.SAMPLES, Dependence.KEY)
+    )
+    return Operator(
+        name=name,
+        kind=grouping.kinds[name],
+        inputs=tuple(inputs),
+        outputs=tuple(_value(n, costs) for n in crossing),
+        batch_keys=tuple(keys),
+        parameters=tuple(Parameter(p, sizes[p], trainable[p]) for p in parameters),
+        buffer_bytes=sum(sizes[b] for b in buffers),
+        forward=forward,
+        backward_input=back_input,
+        backward_weight=back_weight,
+        stash=sum(saved.values()) / EXAMPLES,
+        weight_stash=weight_stash / EXAMPLES,
+        batch_coupled=any(n.name in facts.coupled for n in members),
+        terms=tuple(n.name for n in members if n.name in tails.terms),
+    )
+
+
+def _value(node: fx.Node, costs: Mapping[str, NodeCost]) -> Value:
+    cost = costs[node.name]
+    assert cost.shape is not None and cost.dtype is not None
+    return Value(node.name, cost.shape[1:], dtype_name(cost.dtype), cost.requires_grad)
+
+
+def _bytes(node: fx.Node, costs: Mapping[str, NodeCost]) -> float:
+    cost = costs[node.name]
+    if cost.shape is None or cost.dtype is None:
+        return 0.0
+    return float(math.prod(cost.shape) * cost.dtype.itemsize)
+
+
+def _learns(
+    node: fx.Node, exported: Exported, trainable: Mapping[str, bool], reach: Mapping[str, set[str]]
+) -> bool:
+    return any(trainable[exported.parameters[s]] for s in reach[node.name] if s in exported.parameters)
+
+
+def _works(
+    members: list[fx.Node],
+    exported: Exported,
+    facts: Dependences,
+    costs: Mapping[str, NodeCost],
+    trainable: Mapping[str, bool],
+    reach: Mapping[str, set[str]],
+) -> tuple[Work, Work, Work]:
+    """Work of forward, input half and weight half, per sample and per call."""
+    totals = [[0.0, 0.0, 0.0, 0.0] for _ in range(3)]
+
+    def add(half: int, factor: float, cost: NodeCost, fixed: float) -> None:
+        total = totals[half]
+        total[0] += factor * cost.flops
+        total[1] += factor * max(cost.bytes - fixed, 0.0)
+        total[2] += factor * fixed
+        total[3] += factor * cost.kernels
+
+    for node in members:
+        cost = costs[node.name]
+        fixed = sum(
+            math.prod(v.shape) * v.dtype.itemsize
+            for s in reach[node.name]
+            if isinstance(v := _meta(exported, s), Tensor)
+        )
+        add(0, 1.0, cost, fixed)
+        for used in node.all_input_nodes:  # tables are recomputed where they are read
+            if facts.kind[used.name] is Dependence.TABLE:
+                add(0, 1.0, costs[used.name], 0.0)
+        if not cost.requires_grad:
+            continue
+        learns = _learns(node, exported, trainable, reach)
+        flowing = [u for u in node.all_input_nodes if u.op == "call_function" and costs[u.name].requires_grad]
+        heavy = cost.flops > 4 * cost.bytes / 4 and base_name(node) != "embedding"
+        if flowing:
+            add(1, 2.0 if heavy and not learns else 1.0, cost, fixed)
+        if learns:
+            add(2, 1.0, cost, fixed)
+    return (
+        Work(*_per_sample(totals[0])),
+        Work(*_per_sample(totals[1])),
+        Work(*_per_sample(totals[2])),
+    )
+
+
+def _per_sample(total: list[float]) -> tuple[float, float, float, int]:
+    return total[0] / EXAMPLES, total[1] / EXAMPLES, total[2], math.ceil(total[3])
+
+
+def _meta(exported: Exported, name: str) -> object:
+    node = next((n for n in exported.module.graph.nodes if n.name == name), None)
+    return None if node is None else node.meta.get("val")

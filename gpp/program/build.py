@@ -1,0 +1,281 @@
+"""A stage of a plan to the program that its rank executes: carve, trace jointly, cut, compile.
+
+Runs serially before any rank's thread starts: tracing is not thread-safe.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gpp.plan import Edge, Plan, StageGraph
+
+from .carve import Interface, ProgramError, carve, example_inputs, interface, value_spec
+from .halves import Halves, cut
+from .joint import trace_joint
+from .stage import (
+    BackwardInputResult,
+    ForwardResult,
+    Port,
+    StageFunctions,
+    StageProgram,
+    TrainFunctions,
+    ValueSpec,
+)
+from .traced import TracedMode, TracedModel
+
+Fuse = Callable[[fx.GraphModule], fx.GraphModule]
+Compile = Callable[[fx.GraphModule], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What kernels are used: `fuse` rewrites a forward graph before the joint trace, `compile` makes each
+    graph callable after it."""
+
+    fuse: Fuse = lambda module: module
+    compile: Compile = lambda module: module
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The seeds of the loss terms: coefficient by term; a mean's is multiplied by the samples of the call."""
+
+    coefficients: Mapping[str, float]
+    mean: bool
+
+
+def stage_of(plan: Plan) -> dict[str, int]:
+    """Operator name to its stage."""
+    return {name: i for i, stage in enumerate(plan.stage_graph.stages) for name in stage.operators}
+
+
+def edges_of(mode: TracedMode, stages: Mapping[str, int]) -> dict[tuple[int, int], tuple[str, ...]]:
+    """(source, target) stage to the values that cross, in graph order."""
+    found: dict[tuple[int, int], dict[str, None]] = {}
+    for node in mode.graph.nodes:
+        source = stages.get(mode.operator_of.get(node.name, ""))
+        if source is None:
+            continue
+        for user in node.users:
+            target = stages.get(mode.operator_of.get(user.name, ""))
+            if target is not None and target != source:
+                found.setdefault((source, target), {})[node.name] = None
+    return {pair: tuple(found[pair]) for pair in sorted(found)}
+
+
+def mode_plan(plan: Plan, mode: TracedMode) -> Plan:
+    """The plan with the edges, batch keys and terms of one mode.
+
+    Evaluation may read other values than training does (no dropout masks, another head); it must still follow
+    the order of the stages. Raises ProgramError if it does not.
+    """
+    stages = stage_of(plan)
+    edges = []
+    for (source, target), names in edges_of(mode, stages).items():
+        if source > target:
+            raise ProgramError(
+                f"evaluation sends {names[0]} from stage {plan.stage_graph.stages[source].name} back to "
+                f"{plan.stage_graph.stages[target].name}, which training runs before it: choose another plan"
+            )
+        specs = [value_spec(mode, name) for name in names]
+        edges.append(
+            Edge(
+                source,
+                target,
+                names,
+                sum(s.bytes for s in specs),
+                sum(s.bytes for s in specs if s.needs_grad),
+            )
+        )
+    faces = [interface(mode, stage.operators) for stage in plan.stage_graph.stages]
+    graph = StageGraph(
+        stages=tuple(
+            replace(stage, batch_keys=face.batch_keys, terms=face.terms)
+            for stage, face in zip(plan.stage_graph.stages, faces, strict=True)
+        ),
+        edges=tuple(edges),
+        shared=plan.stage_graph.shared,
+    )
+    return replace(plan, stage_graph=graph)
+
+
+def build_stage(
+    traced: TracedModel,
+    plan: Plan,
+    evaluation: Plan,
+    index: int,
+    roots: Roots,
+    *,
+    train_sizes: Iterable[int],
+    evaluation_sizes: Iterable[int],
+    device: torch.device,
+    hooks: Hooks | None = None,
+) -> StageProgram:
+    """The program of stage `index`; `plan` and `evaluation` as `mode_plan` gives them.
+
+    `train_sizes` and `evaluation_sizes` are the numbers of samples of one call that its ranks will see.
+    """
+    hooks = hooks or Hooks()
+    operators = plan.stage_graph.stages[index].operators
+    train_face = interface(traced.train, operators)
+    evaluation_face = interface(traced.evaluate, operators)
+    parameters = tuple(dict.fromkeys((*train_face.parameters, *evaluation_face.parameters)))
+    buffers = tuple(dict.fromkeys((*train_face.buffers, *evaluation_face.buffers)))
+    build = _Builder(traced, operators, parameters, buffers, roots, device, hooks)
+    return StageProgram(
+        stage=index,
+        parameters=parameters,
+        trainable=tuple(traced.trainable[p] for p in parameters),
+        buffers=buffers,
+        train=_functions(
+            traced.train,
+            plan,
+            index,
+            train_face,
+            {n: build.train(train_face, n) for n in sorted(set(train_sizes))},
+        ),
+        evaluate=_functions(
+            traced.evaluate,
+            evaluation,
+            index,
+            evaluation_face,
+            {n: build.evaluate(evaluation_face, n) for n in sorted(set(evaluation_sizes))},
+        ),
+    )
+
+
+def _functions(
+    mode: TracedMode, plan: Plan, index: int, face: Interface, sizes: Mapping[int, TrainFunctions]
+) -> StageFunctions:
+    def port(edge: int) -> Port:
+        names = plan.stage_graph.edges[edge].tensors
+        return Port(edge, tuple(value_spec(mode, name) for name in names))
+
+    edges = plan.stage_graph.edges
+    return StageFunctions(
+        inputs=_specs(mode, face.inputs),
+        outputs=_specs(mode, face.outputs),
+        batch_keys=face.batch_keys,
+        receives=tuple(port(i) for i, e in enumerate(edges) if e.target == index),
+        sends=tuple(port(i) for i, e in enumerate(edges) if e.source == index),
+        terms=face.terms,
+        sizes=sizes,
+    )
+
+
+def _specs(mode: TracedMode, names: Sequence[str]) -> tuple[ValueSpec, ...]:
+    return tuple(value_spec(mode, name) for name in names)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    traced: TracedModel
+    operators: tuple[str, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    roots: Roots
+    device: torch.device
+    hooks: Hooks
+
+    def forward_graph(self, mode: TracedMode, size: int) -> fx.GraphModule:
+        module = carve(mode, self.operators, size, self.parameters, self.buffers, device=self.device)
+        return self.hooks.fuse(module)
+
+    def examples(self, mode: TracedMode, face: Interface, size: int) -> list[Tensor]:
+        nodes = {n.name: n for n in mode.graph.nodes}
+        known = {full: nodes[name] for name, full in {**mode.parameters, **mode.buffers}.items()}
+        state = []
+        for name in (*self.parameters, *self.buffers):
+            node = known.get(name)
+            value = None if node is None else node.meta["val"]
+            state.append(
+                torch.empty(0, device=self.device)
+                if value is None
+                else torch.empty(tuple(value.shape), dtype=value.dtype, device=self.device)
+            )
+        return [*state, *example_inputs(mode, face, size, self.device)]
+
+    def train(self, face: Interface, size: int) -> TrainFunctions:
+        mode = self.traced.train
+        count = len(self.parameters)
+        outputs = _specs(mode, face.outputs)
+        first_input = count + len(self.buffers)
+        joint = trace_joint(
+            self.forward_graph(mode, size),
+            self.examples(mode, face, size),
+            learning=[i for i, p in enumerate(self.parameters) if self.traced.trainable[p]],
+            flowing=[first_input + i for i, s in enumerate(_specs(mode, face.inputs)) if s.needs_grad],
+            outputs=[i for i, s in enumerate(outputs) if s.needs_grad],
+            seeds=[
+                (len(outputs) + i, self.roots.coefficients[t] * (size if self.roots.mean else 1))
+                for i, t in enumerate(face.terms)
+                if t in self.roots.coefficients
+            ],
+        )
+        flowing = [s for s in _specs(mode, face.inputs) if s.needs_grad]
+        return _train_functions(
+            cut(joint, count), self.hooks.compile, len(outputs), len(face.terms), flowing, size, self.device
+        )
+
+    def evaluate(self, face: Interface, size: int) -> TrainFunctions:
+        run = self.hooks.compile(self.forward_graph(self.traced.evaluate, size))
+        outputs = len(face.outputs)
+
+        def forward(
+            parameters: Sequence[Tensor],
+            buffers: Sequence[Tensor],
+            inputs: Sequence[Tensor],
+            position: Tensor,
+        ) -> ForwardResult:
+            results = run(*parameters, *buffers, *inputs, position)
+            return ForwardResult(results[:outputs], results[outputs:], ())
+
+        return TrainFunctions(forward, _no_backward, _no_backward)
+
+
+def _no_backward(*_: Any) -> Any:
+    raise ProgramError("evaluation has no backward pass")
+
+
+def _train_functions(
+    halves: Halves,
+    compile_: Compile,
+    outputs: int,
+    terms: int,
+    flowing: list[ValueSpec],
+    size: int,
+    device: torch.device,
+) -> TrainFunctions:
+    run_forward = compile_(halves.forward)
+    run_input = compile_(halves.backward_input)
+    run_weight = compile_(halves.backward_weight)
+    results, gradients = halves.results, halves.gradients
+
+    def forward(
+        parameters: Sequence[Tensor], buffers: Sequence[Tensor], inputs: Sequence[Tensor], position: Tensor
+    ) -> ForwardResult:
+        made = run_forward(*parameters, *buffers, *inputs, position)
+        return ForwardResult(made[:outputs], made[outputs:results], made[results:])
+
+    def backward_input(
+        parameters: Sequence[Tensor], stash: list[Tensor], tangents: Sequence[Tensor]
+    ) -> BackwardInputResult:
+        arguments = [*parameters, *stash, *tangents]
+        stash.clear()
+        made = run_input(arguments)
+        found = [
+            torch.zeros((size, *spec.shape), dtype=spec.dtype, device=device) if g is None else g
+            for g, spec in zip(made[:gradients], flowing, strict=True)
+        ]
+        return BackwardInputResult(found, made[gradients:])
+
+    def backward_weight(parameters: Sequence[Tensor], stash: list[Tensor]) -> Sequence[Tensor | None]:
+        arguments = [*parameters, *stash]
+        stash.clear()
+        made: Sequence[Tensor | None] = run_weight(arguments)
+        return made
+
+    return TrainFunctions(forward, backward_input, backward_weight)
