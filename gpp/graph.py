@@ -110,8 +110,13 @@ class Operator:
 
     @property
     def has_backward(self) -> bool:
-        """Whether any gradient flows through: a trainable parameter here, or an output that needs one."""
-        return any(p.trainable for p in self.parameters) or any(t.needs_grad for t in self.outputs)
+        """Whether any gradient flows through: to a trainable parameter, to an output, or from a loss to an
+        input."""
+        return (
+            any(p.trainable for p in self.parameters)
+            or any(t.needs_grad for t in self.outputs)
+            or self.backward_input != Work()
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from gpp.program.traced import TracedMode, TracedModel, symbol
 from .dependence import Dependences, dependences
 from .export import CaptureError, Exported, export_mode
 from .grouping import Grouping, group
-from .measure import measure
+from .measure import NodeCost, measure
 from .operators import boundary, build_graph
 from .tail import Tails, split_tails
 
@@ -58,6 +58,7 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> 
     }
     train, evaluate = modes[True], modes[False]
     costs = measure(train.exported, trainable)
+    _keep_gradients_of_loss(train, costs)
     if not any(costs[name].requires_grad for name in train.tails.roots):
         raise CaptureError(f"the loss of {type(model).__name__} depends on no trainable parameter")
     sizes = {
@@ -152,6 +153,16 @@ def _matched(mode: _Mode, graph: ComputationGraph) -> _Mode:
             attached={k: names[v] for k, v in mode.grouping.attached.items()},
         ),
     )
+
+
+def _keep_gradients_of_loss(mode: _Mode, costs: Mapping[str, NodeCost]) -> None:
+    """What the loss does not depend on (a metric's inside) receives no gradient."""
+    upstream: set[str] = set()
+    for node in reversed(list(mode.exported.module.graph.nodes)):
+        if node.name in mode.tails.roots or any(u.name in upstream for u in node.users):
+            upstream.add(node.name)
+        elif node.name in costs:
+            costs[node.name].requires_grad = False
 
 
 def _mixing(mode: _Mode, result: TermSum) -> bool:

@@ -7,6 +7,7 @@ in-place operators on intermediates are replaced by functional ones, random ones
 import inspect
 import operator
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from gpp.program.carve import move_factories
 from gpp.program.random import RandomNodeError, is_random, keyed
 from gpp.program.traced import POSITION
 
@@ -97,8 +99,11 @@ def _export(model: nn.Module, batch: Mapping[str, Tensor]) -> torch.export.Expor
             shapes = {k: v for k, v in shapes.items() if k not in extra} | {
                 parameter.name: {key: {0: size} for key in extra}
             }
+    home = next(iter(model.parameters())).device
     try:
-        return torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes)
+        # tensors that forward makes without a device (arange) belong with the model, on meta too
+        with torch.device(home) if home.type == "meta" else nullcontext():
+            return torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
 
@@ -153,6 +158,7 @@ def _clean(model: nn.Module, program: torch.export.ExportedProgram, seed: int) -
     keys = _key_names(module, signature.user_inputs, program)
     batch = next(n.meta["val"].shape[0].node.expr for n in module.graph.nodes if n.name in keys)
     _drop_asserts(module.graph)
+    move_factories(module.graph, torch.device("cpu"))
     _inline_no_grad(module)
     together = _functional(module.graph, set(parameters) | set(buffers))
     _key_random_nodes(module, seed, batch)

@@ -135,7 +135,7 @@ def carve(
         elif node.op == "call_function":
             made[node] = graph.node_copy(node, lambda n: _argument(n, made))
     graph.output(tuple(made[nodes[n]] for n in (*face.outputs, *(mode.terms[t] for t in face.terms))))
-    module = fx.GraphModule(root, _on_device(graph, device))
+    module = fx.GraphModule(root, move_factories(graph, device))
     module.recompile()
     return module
 
@@ -158,11 +158,16 @@ def _number(node: fx.Node, mode: TracedMode, size: int) -> Any:
     return int(known) if isinstance(value, torch.SymInt) else float(known)
 
 
-def _on_device(graph: fx.Graph, device: torch.device) -> fx.Graph:
-    """Factories (zeros, arange) were recorded with the device of capture: point them at the stage's."""
+def move_factories(graph: fx.Graph, device: torch.device) -> fx.Graph:
+    """Point every device that calls of the graph name (zeros, arange, to) at `device`."""
+
+    def moved(item: Any) -> Any:
+        return device if isinstance(item, torch.device) else item
+
     for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.kwargs.get("device"), torch.device):
-            node.kwargs = {**node.kwargs, "device": device}
+        if node.op == "call_function":
+            node.args = fx.node.map_aggregate(node.args, moved)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
     return graph
 
 

@@ -1,0 +1,81 @@
+"""How the scalar terms of all stages reach rank 0: one small message per stage and step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpp.program.stage import StageProgram
+from gpp.schedule.task import Report, Samples, Schedule
+
+from .communicator import Communicator, Request
+from .executor import StepOutcome, pieces_of
+
+COLLECTOR = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    rank: int
+    terms: tuple[str, ...]
+    pieces: tuple[Samples, ...]
+
+
+class Reports:
+    """Collects one schedule's terms. Made by all ranks together; `tag` is this schedule's own."""
+
+    def __init__(
+        self, comm: Communicator, schedule: Schedule, program: StageProgram | None, tag: int
+    ) -> None:
+        self.comm = comm
+        self.tag = tag
+        mine = _own(comm.rank, schedule, program)
+        self._sources = [s for s in comm.all_gather_object(mine) if s is not None]
+        self._mine = mine
+        self._under_way: Request | None = None
+        self._table: Tensor | None = None
+
+    def exchange(self, outcome: StepOutcome) -> Mapping[str, list[tuple[int, int, float]]]:
+        """Send this rank's terms; on rank 0 wait for everyone's and return them (elsewhere nothing)."""
+        if self.comm.rank != COLLECTOR:
+            if self._mine is not None:
+                self._send(outcome)
+            return {}
+        tables = {
+            s.rank: torch.empty(len(s.terms), len(s.pieces), dtype=torch.float64)
+            for s in self._sources
+            if s.rank != COLLECTOR
+        }
+        self.comm.wait([self.comm.irecv(table, rank, self.tag) for rank, table in tables.items()])
+        found: dict[str, list[tuple[int, int, float]]] = {
+            name: list(values) for name, values in outcome.terms.items()
+        }
+        for source in self._sources:
+            if source.rank == COLLECTOR:
+                continue
+            for name, row in zip(source.terms, tables[source.rank].tolist(), strict=True):
+                found.setdefault(name, []).extend(
+                    (p.start, p.stop, value) for p, value in zip(source.pieces, row, strict=True)
+                )
+        return found
+
+    def _send(self, outcome: StepOutcome) -> None:
+        assert self._mine is not None
+        self.flush()
+        rows = [[value for _, _, value in outcome.terms[name]] for name in self._mine.terms]
+        self._table = torch.tensor(rows, dtype=torch.float64)
+        self._under_way = self.comm.isend(self._table, COLLECTOR, self.tag)
+
+    def flush(self) -> None:
+        """Wait until the last message has been taken."""
+        if self._under_way is not None:
+            self.comm.wait([self._under_way])
+            self._under_way = None
+
+
+def _own(rank: int, schedule: Schedule, program: StageProgram | None) -> _Source | None:
+    if program is None or not any(isinstance(i, Report) for i in schedule.programs[rank]):
+        return None
+    functions = program.evaluate if schedule.forward_only else program.train
+    return _Source(rank, functions.terms, pieces_of(schedule, rank))

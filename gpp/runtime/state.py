@@ -1,0 +1,153 @@
+"""What a rank keeps of its stage between steps: parameters, buffers, gradients, optimizer.
+
+Gradients live in flat buffers, one for each group of ranks that sums them, so a reduction needs no copy.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpp.plan import StageGraph
+from gpp.program.stage import StageProgram
+
+from .communicator import Communicator
+from .reduce import ordered_sum, slot_sum
+
+MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Clip by the global norm: `max_norm`, over all parameters in the order of `names` (the model's own)."""
+
+    max_norm: float
+    names: tuple[str, ...]
+
+
+class StageState:
+    """Parameters and buffers by full name, and everything an update needs.
+
+    Gradients of the micro-batches are summed, scaled by one over the loss weight, clipped, and handed to the
+    optimizer: any class of torch.optim.
+    """
+
+    def __init__(
+        self,
+        program: StageProgram,
+        graph: StageGraph,
+        values: Mapping[str, Tensor],
+        make_optimizer: MakeOptimizer,
+        clipping: Clipping | None = None,
+    ) -> None:
+        self.program = program
+        self.clipping = clipping
+        self.parameters = {
+            name: nn.Parameter(values[name], requires_grad=trainable)
+            for name, trainable in zip(program.parameters, program.trainable, strict=True)
+        }
+        self.buffers = {name: values[name] for name in program.buffers}
+        self.arguments: list[Tensor] = [p.detach() for p in self.parameters.values()]
+        self.buffer_arguments: list[Tensor] = list(self.buffers.values())
+        self.trainable = tuple(n for n, p in self.parameters.items() if p.requires_grad)
+        self._flats = _flat_gradients(self, graph)
+        self.gradients = {name: view for flat in self._flats.values() for name, view in flat.views.items()}
+        self._reached: set[str] = {n for k, flat in self._flats.items() if k >= 0 for n in flat.views}
+        self._norms: dict[str, float] | None = None
+        learning = [(name, self.parameters[name]) for name in self.trainable]
+        self.optimizer = make_optimizer(learning) if learning else None
+
+    def accumulate(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one micro-batch's gradients, in the order of the trainable parameters."""
+        for name, gradient in zip(self.trainable, gradients, strict=True):
+            if gradient is not None:
+                self.gradients[name].add_(gradient)
+                self._reached.add(name)
+
+    def reduce(self, comm: Communicator, group: tuple[int, ...], shared: int) -> None:
+        """Sum the untied gradients (shared = -1) or one tied group's over `group`."""
+        ordered_sum(comm, group, self._flats[shared].memory)
+
+    def scale(self, weight: float) -> None:
+        """Divide the summed gradients by the loss weight."""
+        for flat in self._flats.values():
+            flat.memory.div_(weight)
+
+    def norms(self) -> dict[str, float]:
+        """The norm of each gradient."""
+        return {
+            name: float(torch.linalg.vector_norm(self.gradients[name]))
+            for name in self.trainable
+            if name in self._reached
+        }
+
+    def gather_norms(self, comm: Communicator, group: tuple[int, ...]) -> None:
+        """Every rank's norms, each parameter's once: replicas and tied copies have the same gradient."""
+        assert self.clipping is not None
+        mine = self.norms()
+        slots = [mine.get(name, -1.0) for name in self.clipping.names]
+        gathered = slot_sum(comm, group, slots)
+        self._norms = {
+            name: max(row[i] for row in gathered)
+            for i, name in enumerate(self.clipping.names)
+            if any(row[i] >= 0 or row[i] != row[i] for row in gathered)
+        }
+
+    def update(self) -> float | None:
+        """Clip, step, and clear the gradients. Returns the global norm if it was asked for."""
+        norm = self._clip() if self.clipping is not None else None
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.gradients[name] if name in self._reached else None
+        if self.optimizer is not None:
+            with torch.enable_grad():
+                self.optimizer.step()
+        for flat in self._flats.values():
+            flat.memory.zero_()
+        return norm
+
+    def _clip(self) -> float:
+        """As torch.nn.utils.clip_grad_norm_ does it on one device, to the bit."""
+        assert self.clipping is not None
+        norms = self._norms if self._norms is not None else self.norms()
+        self._norms = None
+        found = [norms[name] for name in self.clipping.names if name in norms]
+        total = torch.linalg.vector_norm(torch.tensor(found, dtype=self._dtype()))
+        coefficient = torch.clamp(self.clipping.max_norm / (total + 1e-6), max=1.0)
+        for flat in self._flats.values():
+            flat.memory.mul_(coefficient.to(flat.memory.device))
+        return float(total)
+
+    def _dtype(self) -> torch.dtype:
+        return next((f.memory.dtype for f in self._flats.values()), torch.float32)
+
+
+@dataclass(frozen=True)
+class _Flat:
+    memory: Tensor
+    views: dict[str, Tensor]
+
+
+def _flat_gradients(state: StageState, graph: StageGraph) -> dict[int, _Flat]:
+    """Flat memory by tied group; -1 holds the untied parameters."""
+    groups: dict[int, list[str]] = {}
+    for name in state.trainable:
+        shared = next((i for i, item in enumerate(graph.shared) if name in item.parameters), -1)
+        groups.setdefault(shared, []).append(name)
+    return {shared: _flat(names, state.parameters) for shared, names in groups.items()}
+
+
+def _flat(names: Iterable[str], parameters: Mapping[str, nn.Parameter]) -> _Flat:
+    chosen = {name: parameters[name] for name in names}
+    kinds = {p.dtype for p in chosen.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the parameters of a stage must have one dtype, they have {sorted(map(str, kinds))}"
+        )
+    first = next(iter(chosen.values()))
+    memory = torch.zeros(sum(p.numel() for p in chosen.values()), dtype=first.dtype, device=first.device)
+    views, start = {}, 0
+    for name, parameter in chosen.items():
+        views[name] = memory[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    return _Flat(memory, views)

@@ -1,0 +1,244 @@
+"""Training and evaluation on one rank: schedules, data and reports around the executor."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from gpp.plan import Plan
+from gpp.program.stage import StageProgram, TermSum
+from gpp.schedule.lower import lower
+from gpp.schedule.task import Schedule
+from gpp.trace import Span, Trace
+
+from .communicator import Communicator
+from .data import Batches, Dataset, evaluation_batches
+from .executor import Executor
+from .neighbors import check_neighbors
+from .prefetch import Prefetcher
+from .reports import COLLECTOR, Reports
+from .results import Total, combine
+from .state import StageState
+
+TRACED_STEPS = 3
+WARM_UP_STEPS = 2  # not part of the measured step time: first touches, caches
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedules of a run: a training step, and the evaluation of each size of batch."""
+
+    train: Schedule
+    evaluate: Mapping[int, Schedule]
+
+
+def schedules(plan: Plan, evaluation: Plan, held_out: int) -> Schedules:
+    """Lower both plans; `held_out` is the number of samples evaluated, 0 for none."""
+    sizes = {len(batch) for batch in evaluation_batches(held_out, plan.mini_batch)}
+    return Schedules(lower(plan), {n: lower(evaluation, forward_only=True, samples=n) for n in sorted(sizes)})
+
+
+def call_sizes(schedule: Schedule, rank: int) -> set[int]:
+    """The numbers of samples that a rank's calls see."""
+    from .executor import pieces_of
+
+    return {len(piece) for piece in pieces_of(schedule, rank)}
+
+
+@dataclass(frozen=True)
+class ModeResults:
+    """The loss and the metrics of one mode."""
+
+    loss: TermSum
+    metrics: tuple[TermSum, ...]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step as rank 0 saw it."""
+
+    step: int
+    loss: float
+    seconds: float
+    samples_per_second: float
+    metrics: Mapping[str, float]
+    norm: float | None
+
+
+@dataclass
+class Measured:
+    """What a training run measured; complete on rank 0 after `Trainer.trace`."""
+
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def typical(self) -> float:
+        """The median step time, the first steps left out where there are enough."""
+        usable = self.step_seconds[WARM_UP_STEPS:] or self.step_seconds
+        return median(usable) if usable else float("nan")
+
+
+class Trainer:
+    """One rank's part of a run. All ranks make it and call its methods together.
+
+    `program` and `state` are None on idle ranks.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        plan: Plan,
+        evaluation: Plan,
+        lowered: Schedules,
+        program: StageProgram | None,
+        state: StageState | None,
+        train: ModeResults,
+        evaluate: ModeResults,
+        device: torch.device,
+    ) -> None:
+        self.comm = comm
+        self.plan = plan
+        self.state = state
+        self.train_results = train
+        self.evaluate_results = evaluate
+        self.device = device
+        self.program = program
+        self.measured = Measured()
+        self._spans: list[Span] = []
+        self._zero = 0.0
+        check_neighbors(comm, plan.stage_graph, lowered.train, program.train if program else None)
+        self._train = self._runner(plan, lowered.train, train, 0)
+        self._evaluate = {
+            size: self._runner(evaluation, schedule, evaluate, 1 + i)
+            for i, (size, schedule) in enumerate(lowered.evaluate.items())
+        }
+
+    def _runner(self, plan: Plan, schedule: Schedule, results: ModeResults, number: int) -> "_Runner":
+        executor = Executor(self.comm, plan, schedule, self.program, self.state, results.loss, self.device)
+        tag = 2 * (len(self.plan.stage_graph.edges) + len(plan.stage_graph.edges)) + number
+        return _Runner(executor, Reports(self.comm, schedule, self.program, tag))
+
+    def fit(
+        self,
+        dataset: Dataset,
+        batches: Batches,
+        start: int,
+        stop: int,
+        on_step: Callable[[StepRecord], None],
+        *,
+        trace: bool = True,
+    ) -> None:
+        """Train steps [start, stop); `on_step` is called on rank 0 after each. The last TRACED_STEPS steps
+        are recorded if `trace`."""
+        if start >= stop:
+            return
+        runner = self._train
+        rows = _positions(runner.executor)
+        keys = runner.keys
+        self.comm.barrier()
+        self._zero = time.perf_counter()
+        runner.executor.open(stop - start)
+        with Prefetcher(dataset, keys, lambda step: batches.at(step)[rows], start, stop) as reader:
+            before = time.perf_counter()
+            for step in range(start, stop):
+                batch = {key: value.to(self.device) for key, value in reader.next().items()}
+                outcome = runner.executor.run(step, batch, record=trace and step >= stop - TRACED_STEPS)
+                terms = runner.reports.exchange(outcome)
+                if self.comm.rank == COLLECTOR:
+                    now = time.perf_counter()
+                    seconds, before = now - before, now
+                    self.measured.step_seconds.append(seconds)
+                    on_step(self._record(step, terms, seconds, outcome.norm))
+        runner.close()
+        self._spans = runner.executor.spans
+
+    def _record(
+        self,
+        step: int,
+        terms: Mapping[str, Sequence[tuple[int, int, float]]],
+        seconds: float,
+        norm: float | None,
+    ) -> StepRecord:
+        samples = self.plan.mini_batch
+        return StepRecord(
+            step=step,
+            loss=combine(self.train_results.loss, terms, samples).mean,
+            seconds=seconds,
+            samples_per_second=samples / seconds,
+            metrics={m.name: combine(m, terms, samples).mean for m in self.train_results.metrics},
+            norm=norm,
+        )
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Loss and metrics over all samples, each counted once; on rank 0 (elsewhere empty)."""
+        totals: dict[str, Total] = {}
+        results = (self.evaluate_results.loss, *self.evaluate_results.metrics)
+        batches = evaluation_batches(len(dataset), self.plan.mini_batch)
+        for size in sorted({len(b) for b in batches}, reverse=True):
+            group = [b for b in batches if len(b) == size]
+            runner = self._evaluate[size]
+            rows = _positions(runner.executor)
+            runner.executor.open(len(group))
+            reads = [[batch[i] for i in rows] for batch in group]
+            with Prefetcher(dataset, runner.keys, reads.__getitem__, 0, len(group)) as reader:
+                for _ in group:
+                    batch = {key: value.to(self.device) for key, value in reader.next().items()}
+                    terms = runner.reports.exchange(runner.executor.run(0, batch))
+                    if self.comm.rank == COLLECTOR:
+                        for result in results:
+                            found = combine(result, terms, size)
+                            totals[result.name] = totals.get(result.name, Total(0.0, 0.0)) + found
+            runner.close()
+        return {name: total.mean for name, total in totals.items()}
+
+    def trace(self) -> Trace:
+        """The measured trace of the last recorded steps, complete on rank 0. Called by all ranks."""
+        mine = [_shifted(span, self._zero) for span in self._spans]
+        spans = [span for part in self.comm.all_gather_object(mine) for span in part]
+        return Trace(
+            name="measured",
+            ranks=self.comm.size,
+            spans=tuple(sorted(spans, key=lambda s: (s.rank, s.start))),
+            step_seconds=self.measured.typical,
+            mini_batch=self.plan.mini_batch,
+            stage_names=tuple(stage.name for stage in self.plan.stage_graph.stages),
+        )
+
+
+@dataclass(frozen=True)
+class _Runner:
+    executor: Executor
+    reports: Reports
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        functions = self.executor.functions
+        return functions.batch_keys if functions is not None and self.executor.pieces else ()
+
+    def close(self) -> None:
+        self.executor.close()
+        self.reports.flush()
+
+
+def _positions(executor: Executor) -> list[int]:
+    """This rank's rows of a batch, piece after piece."""
+    return [i for piece in executor.pieces for i in range(piece.start, piece.stop)]
+
+
+def _shifted(span: Span, zero: float) -> Span:
+    from dataclasses import replace
+
+    return replace(span, start=span.start - zero, stop=span.stop - zero)
+
+
+def values_of(
+    program: StageProgram, model_values: Mapping[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers that a stage owns, on its device."""
+    return {
+        name: model_values[name].detach().clone().to(device)
+        for name in (*program.parameters, *program.buffers)
+    }
