@@ -1,11 +1,14 @@
 """What the runtime needs of a message layer, whatever carries it (threads of one process, MPI).
 
-Buffers are contiguous torch tensors of dtype uint8 unless said otherwise. Rank r is device r of the plan.
+A message is the bytes of a contiguous tensor; both ends name its exact size. Sends are to be thought of as
+synchronous: one is done only when a matching receive has taken it. Rank r is device r of the plan.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -13,15 +16,52 @@ class CommunicationError(RuntimeError):
     """A message could not be sent or received, or another rank has failed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A tensor's bytes, prepared once for many messages.
+
+    `bytes` is a flat uint8 view of the tensor, `handle` what the layer that prepared it passes on.
+    """
+
+    bytes: Tensor
+    handle: Any = None
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's memory as a flat uint8 tensor, not a copy. Raises CommunicationError for one with gaps."""
+    if not tensor.is_contiguous():
+        raise CommunicationError(
+            f"a message must be contiguous, its tensor of shape {tuple(tensor.shape)} has strides "
+            f"{tensor.stride()}; send tensor.contiguous()"
+        )
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def wrong_size(route: tuple[int, int, int], found: int, expected: int) -> CommunicationError:
+    """What every layer says of a message that is not as long as its receiver thinks.
+
+    `route` is its (source, target, tag).
+    """
+    source, target, tag = route
+    return CommunicationError(
+        f"a message from rank {source} to rank {target} with tag {tag} has {found} bytes, "
+        f"{expected} were expected"
+    )
+
+
 class Request(Protocol):
     """A message under way."""
 
     def done(self) -> bool:
-        """Whether it has finished; makes progress, never waits."""
+        """Whether it has finished; makes progress, never waits. Raises CommunicationError."""
 
 
 class Communicator(Protocol):
-    """Point-to-point messages and a few collectives among `size` ranks."""
+    """Point-to-point messages and a few collectives among `size` ranks.
+
+    Only one thread of a rank calls it. The collectives are called by all ranks of the group, in the same
+    order on each.
+    """
 
     @property
     def rank(self) -> int:
@@ -31,33 +71,52 @@ class Communicator(Protocol):
     def size(self) -> int:
         """How many ranks there are."""
 
-    def isend(self, buffer: Tensor, target: int, tag: int) -> Request:
-        """Start a send; `buffer` must stay as it is until the request is done."""
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The name of each rank's host, by rank; ranks of one host follow one another."""
 
-    def irecv(self, buffer: Tensor, source: int, tag: int) -> Request:
-        """Post a receive; messages of one (source, tag) match in order."""
+    def prepare(self, tensor: Tensor) -> Buffer:
+        """Wrap a contiguous tensor that will carry many messages: starting one is then cheaper."""
 
-    def cancel(self, request: Request) -> None:
-        """Take a posted receive back that nothing will match."""
+    def isend(self, buffer: Tensor | Buffer, target: int, tag: int) -> Request:
+        """Start a send, tag >= 0; `buffer` must stay as it is until the request is done."""
+
+    def irecv(self, buffer: Tensor | Buffer, source: int, tag: int) -> Request:
+        """Post a receive; messages of one (source, tag) match in order. A message of another size than the
+        buffer is an error."""
+
+    def cancel(self, request: Request) -> bool:
+        """Take a posted receive back; it is done afterwards. False: a message had already matched it, and
+        lies in its buffer."""
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Wait until all are done, giving the processor away while idle. Raises CommunicationError."""
 
     def all_to_all(self, group: tuple[int, ...], pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Piece i goes to rank group[i]; returns what each member sent to this rank, in group order. Pieces
-        addressed to the same member have the same size on every rank."""
+        """Piece i goes to rank group[i]; returns what each member sent to this rank, in group order (its own
+        piece is not copied). Pieces addressed to the same member have the same size on every rank."""
 
-    def all_gather(self, group: tuple[int, ...], piece: Tensor) -> list[Tensor]:
-        """Every member's piece, in group order; sizes may differ."""
+    def all_gather(
+        self, group: tuple[int, ...], piece: Tensor, into: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Every member's piece, in group order; sizes may differ, the data type may not. With `into`,
+        contiguous tensors of the pieces' sizes, they are received there and no sizes are exchanged."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's (small, picklable) object, by rank."""
 
     def broadcast_object(self, make: Callable[[], Any], root: int = 0) -> Any:
-        """`make()` is called on `root` alone; every rank returns its result."""
+        """`make()` is called on `root` alone; every rank returns its result. If it raises, so does every
+        rank: `root` its own exception, the others CommunicationError with its text."""
+
+    def neighbor_exchange(
+        self, sources: Sequence[int], targets: Sequence[int], objects: Sequence[Any]
+    ) -> list[Any]:
+        """objects[i] goes to targets[i]; returns what each of `sources` sent to this rank, in that order.
+        Called by all ranks, and a rank is among another's sources iff that is among its targets."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    def abort(self, code: int) -> None:
+    def abort(self, code: int) -> NoReturn:
         """End every rank now."""

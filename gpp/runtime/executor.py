@@ -37,6 +37,7 @@ from .buffers import Message, ReceiveChannel, Ring, SendChannel
 from .communicator import Communicator
 from .reduce import slot_sum
 from .results import local_weight
+from .schedules import pieces_of
 from .state import StageState
 
 Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, piece after piece
@@ -59,15 +60,6 @@ class _Held:
     channel: ReceiveChannel
 
 
-def pieces_of(schedule: Schedule, rank: int) -> tuple[Samples, ...]:
-    """The samples that a rank's forwards work on, in order."""
-    return tuple(
-        i.task.samples
-        for i in schedule.programs[rank]
-        if isinstance(i, Compute) and i.task.kind is Pass.FORWARD
-    )
-
-
 class Executor:
     """One rank's share of one schedule, to be run many times.
 
@@ -87,7 +79,7 @@ class Executor:
         self.comm = comm
         self.plan = plan
         self.schedule = schedule
-        self.program = schedule.programs[comm.rank]
+        self.program = schedule.programs[comm.rank] if comm.rank < len(schedule.programs) else ()
         self.state = state
         self.loss = loss
         self.device = device

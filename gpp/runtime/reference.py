@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from gpp.program.carve import carve, interface
 from gpp.program.traced import TracedModel
 
-from .results import Total, combine
+from .results import ModeResults, Total, combine
 from .state import MakeOptimizer
-from .trainer import ModeResults
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Reference:
             pairs = [(r, s) for r, s in zip(roots, seeds, strict=True) if r.requires_grad]
             torch.autograd.backward([r for r, _ in pairs], [s for _, s in pairs])
             for name, value in found.items():
-                terms.setdefault(name, []).append((start, stop, float(value)))
+                terms.setdefault(name, []).append((start, stop, float(value.detach())))
         loss = combine(self.train_results.loss, terms, samples)
         with torch.no_grad():
             for parameter in self.parameters.values():

@@ -10,7 +10,8 @@ from gpp.program.stage import StageProgram
 from gpp.schedule.task import Report, Samples, Schedule
 
 from .communicator import Communicator, Request
-from .executor import StepOutcome, pieces_of
+from .executor import StepOutcome
+from .schedules import pieces_of
 
 COLLECTOR = 0
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gpp.plan import Plan
-from gpp.program.stage import StageProgram, TermSum
-from gpp.schedule.lower import lower
+from gpp.program.stage import StageProgram
 from gpp.schedule.task import Schedule
 from gpp.trace import Span, Trace
 
@@ -20,40 +19,12 @@ from .executor import Executor
 from .neighbors import check_neighbors
 from .prefetch import Prefetcher
 from .reports import COLLECTOR, Reports
-from .results import Total, combine
+from .results import ModeResults, Total, combine
+from .schedules import Schedules
 from .state import StageState
 
 TRACED_STEPS = 3
 WARM_UP_STEPS = 2  # not part of the measured step time: first touches, caches
-
-
-@dataclass(frozen=True)
-class Schedules:
-    """The schedules of a run: a training step, and the evaluation of each size of batch."""
-
-    train: Schedule
-    evaluate: Mapping[int, Schedule]
-
-
-def schedules(plan: Plan, evaluation: Plan, held_out: int) -> Schedules:
-    """Lower both plans; `held_out` is the number of samples evaluated, 0 for none."""
-    sizes = {len(batch) for batch in evaluation_batches(held_out, plan.mini_batch)}
-    return Schedules(lower(plan), {n: lower(evaluation, forward_only=True, samples=n) for n in sorted(sizes)})
-
-
-def call_sizes(schedule: Schedule, rank: int) -> set[int]:
-    """The numbers of samples that a rank's calls see."""
-    from .executor import pieces_of
-
-    return {len(piece) for piece in pieces_of(schedule, rank)}
-
-
-@dataclass(frozen=True)
-class ModeResults:
-    """The loss and the metrics of one mode."""
-
-    loss: TermSum
-    metrics: tuple[TermSum, ...]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""A plan as text: what a user reads before a run."""
+
+from collections.abc import Sequence
+
+from gpp.plan import Plan, stage_memory
+
+
+def plan_table(plan: Plan) -> str:
+    """A row for every stage (operators, devices, parameters, memory on each device, samples in flight, share
+    of the step that its devices compute), then idle devices, predicted step time, lower bound and gap."""
+    head = ("stage", "operators", "devices", "parameters", "memory", "in-flight", "share of time")
+    rows = [_row(plan, index) for index in range(len(plan.stage_graph.stages))]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
+    lines += [_line(row, widths) for row in rows]
+    return "\n".join([*lines, "", *_summary(plan)]) + "\n"
+
+
+def _row(plan: Plan, index: int) -> tuple[str, ...]:
+    stage = plan.stage_graph.stages[index]
+    seconds = stage.seconds
+    rounds = plan.mini_batch // stage.micro_batch
+    recompute = seconds.recompute if stage.recompute else 0.0
+    busy = rounds * (seconds.forward + recompute + seconds.backward) + seconds.update
+    return (
+        stage.name,
+        str(len(stage.operators)),
+        device_ranges(stage.devices),
+        readable_bytes(stage.parameter_bytes),
+        readable_bytes(stage_memory(plan.stage_graph, index).total),
+        str(stage.in_flight),
+        f"{busy / plan.estimate:.0%}" if plan.estimate else "",
+    )
+
+
+def _summary(plan: Plan) -> list[str]:
+    graph = plan.stage_graph
+    sizes = sorted({stage.micro_batch for stage in graph.stages})
+    size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    lines = [
+        f"planner {plan.planner}: {_count(len(graph.stages), 'stage')}, depth {graph.depth}, mini-batch "
+        f"{plan.mini_batch}, micro-batch {size}, schedule {plan.policy.name}"
+    ]
+    if plan.idle_devices:
+        lines.append(f"idle devices: {device_ranges(plan.idle_devices)}")
+    if plan.estimate:
+        line = (
+            f"predicted step {readable_seconds(plan.estimate)}, "
+            f"{plan.mini_batch / plan.estimate:.4g} samples/s"
+        )
+        if plan.lower_bound:
+            gap = plan.estimate / plan.lower_bound - 1
+            line += f"; no plan is faster than {readable_seconds(plan.lower_bound)} (gap {gap:.1%})"
+        lines.append(line)
+    return lines
+
+
+def device_ranges(devices: Sequence[int]) -> str:
+    """(0, 1, 2, 5) as "0-2,5"."""
+    parts: list[list[int]] = []
+    for device in sorted(devices):
+        if parts and device == parts[-1][-1] + 1:
+            parts[-1].append(device)
+        else:
+            parts.append([device])
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts)
+
+
+def readable_bytes(size: float) -> str:
+    """Bytes in the unit that keeps the number short."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Seconds in the unit that keeps the number short."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= scale:
+            return f"{seconds / scale:.4g} {unit}"
+    return f"{seconds / 1e-9:.4g} ns"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """The first column to the left, numbers to the right."""
+    first, *rest = (
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join([first, *rest]).rstrip()

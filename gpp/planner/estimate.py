@@ -1,0 +1,266 @@
+"""A chosen partition becomes a Plan: stages, edges, devices, times, bytes, and the simulator's answer."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from gpp.cost import CostModel, all_reduce_seconds
+from gpp.graph import ComputationGraph, Operator, Parameter
+from gpp.plan import (
+    Edge,
+    Fingerprints,
+    Plan,
+    PlanError,
+    Shared,
+    Stage,
+    StageGraph,
+    StageSeconds,
+    stage_memory,
+)
+from gpp.schedule.inflight import in_flight
+from gpp.simulate import simulate
+from gpp.topology import Device, DeviceTopology
+
+from .intervals import takes_part_in_backward
+from .naming import stage_names
+from .options import Options
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One stage to be: operators by position, and how many devices it gets."""
+
+    operators: tuple[int, ...]
+    devices: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that a planner is given."""
+
+    graph: ComputationGraph
+    topology: DeviceTopology
+    costs: CostModel
+    options: Options
+
+    @cached_property
+    def fingerprints(self) -> Fingerprints:
+        """What its plans are made from."""
+        return Fingerprints(self.graph.fingerprint(), self.costs.fingerprint(), self.topology.fingerprint())
+
+
+def assemble(problem: Problem, groups: Sequence[Group], micro_batch: int, planner: str) -> Plan:
+    """The plan for a partition of the operators into `groups`, without estimate and lower bound.
+
+    Stages are numbered topologically, groups that could go either way in the order given; devices follow that
+    order. Raises PlanError if the groups depend on each other in a circle or need more devices than exist.
+    """
+    graph, topology, options = problem.graph, problem.topology, problem.options
+    groups = _in_topological_order(graph, groups)
+    places = place([group.devices for group in groups], topology)
+    stage_of = {i: number for number, group in enumerate(groups) for i in group.operators}
+    edges = _edges(graph, stage_of)
+    successors = [[e.target for e in edges if e.source == s] for s in range(len(groups))]
+    held = in_flight(successors, [micro_batch] * len(groups), options.policy, options.mini_batch)
+    names = stage_names(graph, [group.operators for group in groups])
+    stages = tuple(
+        _stage(problem, group, micro_batch, name, devices, samples)
+        for group, name, devices, samples in zip(groups, names, places, held, strict=True)
+    )
+    return Plan(
+        stage_graph=StageGraph(stages, edges, _shared(graph, stage_of)),
+        topology=topology,
+        mini_batch=options.mini_batch,
+        policy=options.policy,
+        fingerprints=problem.fingerprints,
+        planner=planner,
+        precision=options.precision,
+        loss_weighted=graph.loss_weighted,
+        global_norm=options.global_norm,
+    )
+
+
+def estimated(plan: Plan) -> Plan:
+    """The plan with the simulator's step time as its estimate."""
+    return replace(plan, estimate=simulate(plan).step_seconds)
+
+
+def busy_seconds(plan: Plan) -> float:
+    """Compute and update of the busiest device in one step: no schedule of the plan takes less."""
+    return max(
+        plan.mini_batch // stage.micro_batch * (stage.seconds.forward + stage.seconds.backward)
+        + stage.seconds.update
+        for stage in plan.stage_graph.stages
+    )
+
+
+def rough_seconds(plan: Plan) -> float:
+    """About the step time: the longest way there and back, one bottleneck for every other micro-batch, and
+    the slowest end of a step. Exact for balanced stages, a few percent above the simulation for others."""
+    graph, topology = plan.stage_graph, plan.topology
+    incoming: dict[int, list[Edge]] = defaultdict(list)
+    for edge in graph.edges:
+        incoming[edge.target].append(edge)
+    reached: list[float] = []
+    slowest = end = 0.0
+    for index, stage in enumerate(graph.stages):
+        here = stage.seconds.forward + stage.seconds.backward
+        before = 0.0
+        for edge in incoming[index]:
+            source = graph.stages[edge.source].devices[0]
+            link = topology.link(source, stage.devices[0])
+            share = stage.micro_batch / len(stage.devices)
+            there_and_back = link.seconds(edge.bytes * share) + (
+                link.seconds(edge.gradient_bytes * share) if edge.needs_grad else 0.0
+            )
+            before = max(before, reached[edge.source] + there_and_back)
+        reached.append(before + here)
+        slowest = max(slowest, here)
+        ring = topology.inside if len(stage.devices) <= topology.per_host else topology.between
+        reduce = all_reduce_seconds(stage.trainable_bytes, len(stage.devices), ring)
+        end = max(end, reduce + stage.seconds.update)
+    rounds = plan.mini_batch // graph.stages[0].micro_batch
+    return max(reached) + (rounds - 1) * slowest + end
+
+
+def peak_memory(plan: Plan) -> float:
+    """Bytes on the fullest device."""
+    return max(stage_memory(plan.stage_graph, s).total for s in range(len(plan.stage_graph.stages)))
+
+
+def place(counts: Sequence[int], topology: DeviceTopology) -> list[tuple[int, ...]]:
+    """Consecutive devices for every stage, in order; replicas share a host where they fit in one.
+
+    A stage takes the first free devices that span the fewest hosts; if holes leave one that fits in a host
+    without such a place, the largest stages choose first.
+    """
+    total = len(topology.devices)
+    if sum(counts) > total:
+        raise PlanError(f"the stages need {sum(counts)} devices, the cluster has {total}")
+    by_size = sorted(range(len(counts)), key=lambda s: -counts[s])
+    return _place(counts, range(len(counts)), topology) or _place(counts, by_size, topology, force=True)
+
+
+def _place(
+    counts: Sequence[int], turn: Sequence[int], topology: DeviceTopology, *, force: bool = False
+) -> list[tuple[int, ...]]:
+    free = [True] * len(topology.devices)
+    places: list[tuple[int, ...]] = [()] * len(counts)
+    for s in turn:
+        count = counts[s]
+        hosts = {
+            start: topology.host(start + count - 1) - topology.host(start)
+            for start in range(len(free) - count + 1)
+            if all(free[start : start + count])
+        }
+        start = min(hosts, key=lambda start: (hosts[start], start), default=None)
+        if not force and count <= topology.per_host and (start is None or hosts[start] > 0):
+            return []
+        if start is None:
+            places[s] = tuple(d for d in range(len(free)) if free[d])[:count]
+        else:
+            places[s] = tuple(range(start, start + count))
+        for device in places[s]:
+            free[device] = False
+    return places
+
+
+def _in_topological_order(graph: ComputationGraph, groups: Sequence[Group]) -> list[Group]:
+    owner = {i: number for number, group in enumerate(groups) for i in group.operators}
+    waits: list[set[int]] = [set() for _ in groups]
+    for u, v in graph.edges:
+        if owner[u] != owner[v]:
+            waits[owner[v]].add(owner[u])
+    ordered: list[int] = []
+    left = list(range(len(groups)))
+    while left:
+        ready = next((g for g in left if waits[g] <= set(ordered)), None)
+        if ready is None:
+            raise PlanError(
+                f"{len(left)} stages depend on each other in a circle; every stage must be a convex set of "
+                "operators and their graph acyclic"
+            )
+        ordered.append(ready)
+        left.remove(ready)
+    return [groups[g] for g in ordered]
+
+
+def _edges(graph: ComputationGraph, stage_of: dict[int, int]) -> tuple[Edge, ...]:
+    """All tensors from stage to stage; one that several operators of a stage read is sent once."""
+    found: dict[tuple[int, int], dict[str, None]] = defaultdict(dict)
+    for (u, v), tensors in graph.edges.items():
+        if stage_of[u] != stage_of[v]:
+            found[stage_of[u], stage_of[v]].update({t.name: None for t in tensors})
+    edges = []
+    for (source, target), names in sorted(found.items()):
+        sent = [graph.tensors[name] for name in names]
+        size = sum(t.bytes for t in sent)
+        gradient = sum(t.bytes for t in sent if t.needs_grad)
+        edges.append(Edge(source, target, tuple(names), size, gradient))
+    return tuple(edges)
+
+
+def _stage(
+    problem: Problem, group: Group, micro_batch: int, name: str, devices: tuple[int, ...], held: int
+) -> Stage:
+    graph = problem.graph
+    ops = [graph.operators[i] for i in sorted(group.operators)]
+    parameters = _parameters(ops)
+    trainable = sum(p.bytes for p in parameters.values() if p.trainable)
+    kinds = tuple(dict.fromkeys(problem.topology.devices[d] for d in devices))
+    return Stage(
+        name=name,
+        operators=tuple(op.name for op in ops),
+        devices=devices,
+        micro_batch=micro_batch,
+        in_flight=held,
+        seconds=_seconds(problem, ops, micro_batch / len(devices), trainable, kinds),
+        stash=sum(op.stash for op in ops),
+        weight_stash=sum(op.weight_stash for op in ops),
+        parameter_bytes=sum(p.bytes for p in parameters.values()),
+        trainable_bytes=trainable,
+        optimizer_bytes=int(problem.options.optimizer_factor * trainable),
+        buffer_bytes=sum(op.buffer_bytes for op in ops),
+        batch_keys=tuple(dict.fromkeys(key for op in ops for key in op.batch_keys)),
+        terms=tuple(dict.fromkeys(term for op in ops for term in op.terms)),
+        has_backward=any(takes_part_in_backward(graph, op) for op in ops),
+    )
+
+
+def _parameters(ops: Sequence[Operator]) -> dict[str, Parameter]:
+    """By name: tied parameters are one."""
+    return {p.name: p for op in ops for p in op.parameters}
+
+
+def _seconds(
+    problem: Problem, ops: Sequence[Operator], samples: float, trainable: int, kinds: Sequence[Device]
+) -> StageSeconds:
+    """Replicas wait for each other: the slowest device counts."""
+    costs = problem.costs
+    back = [op for op in ops if takes_part_in_backward(problem.graph, op)]
+    return StageSeconds(
+        forward=max(sum(costs.forward(op, samples, d) for op in ops) for d in kinds),
+        backward_input=max(sum(costs.backward_input(op, samples, d) for op in back) for d in kinds),
+        backward_weight=max(sum(costs.backward_weight(op, samples, d) for op in back) for d in kinds),
+        update=max(costs.update(trainable, d) for d in kinds) if trainable else 0.0,
+    )
+
+
+def _shared(graph: ComputationGraph, stage_of: dict[int, int]) -> tuple[Shared, ...]:
+    """Trainable parameters that several stages hold, by the stages that do."""
+    holders: dict[str, set[int]] = defaultdict(set)
+    sizes: dict[str, int] = {}
+    for i, op in enumerate(graph.operators):
+        for p in op.parameters:
+            if p.trainable:
+                holders[p.name].add(stage_of[i])
+                sizes[p.name] = p.bytes
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, stages in sorted(holders.items()):
+        if len(stages) > 1:
+            groups[tuple(sorted(stages))].append(name)
+    return tuple(
+        Shared(tuple(names), sum(sizes[name] for name in names), stages)
+        for stages, names in sorted(groups.items())
+    )

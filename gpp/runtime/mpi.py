@@ -1,0 +1,187 @@
+"""Ranks that are MPI processes. Importing this module starts MPI: see `gpp.runtime.environment`."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
+
+from torch import Tensor
+
+from .collectives import RESERVED_TAGS, Collectives
+from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
+from .environment import lonely
+
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no MPI library
+    raise CommunicationError(
+        f"MPI cannot be loaded ({error}); install the extra `gpp[mpi]`, or mpi4py built for the site's MPI"
+    ) from error
+
+SPIN = 50e-6  # seconds of polling before a waiting rank sleeps: there may be more ranks than cores
+LONGEST_SLEEP = 500e-6
+PATIENCE = 0.1  # sleep this part of the time waited so far: a message is noticed at most so much too late
+
+
+class MpiRequest:
+    """A message under way between processes; keeps its buffer alive."""
+
+    def __init__(self, request: MPI.Request, buffer: Buffer, route: tuple[int, int, int], sending: bool):
+        self.request = request
+        self.buffer = buffer
+        self.route = route  # source, target, tag
+        self.sending = sending
+        self.finished = False
+        self.status = MPI.Status()
+
+    def done(self) -> bool:
+        """See `Request`."""
+        if not self.finished:
+            try:
+                self.finished = self.request.Test(self.status)
+            except MPI.Exception as error:
+                self.finished = True
+                raise _failed(error, self.route) from error
+            if self.finished and not self.sending:
+                self._check_size()
+        return self.finished
+
+    def _check_size(self) -> None:
+        expected, found = self.buffer.bytes.numel(), self.status.Get_count(MPI.BYTE)
+        if found != expected:
+            raise wrong_size(self.route, found, expected)
+
+
+class MpiCommunicator(Collectives):
+    """`Communicator` over a communicator of mpi4py, which it owns."""
+
+    def __init__(self, comm: MPI.Intracomm, hosts: tuple[str, ...]):
+        self._comm = comm
+        self._hosts = hosts
+        self._rank = comm.Get_rank()
+        self._size = comm.Get_size()
+
+    @property
+    def rank(self) -> int:
+        """See `Communicator`."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """See `Communicator`."""
+        return self._size
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """See `Communicator`."""
+        return self._hosts
+
+    def prepare(self, tensor: Tensor) -> Buffer:
+        """See `Communicator`. Messages are bytes: MPI has no bfloat16, and no sum is left to it."""
+        data = as_bytes(tensor)
+        if data.device.type != "cpu":
+            raise CommunicationError(f"MPI is given host memory only, this tensor is on {data.device}")
+        memory = MPI.buffer.fromaddress(data.data_ptr(), data.numel())
+        return Buffer(data, [memory, data.numel(), MPI.BYTE])
+
+    def isend(self, buffer: Tensor | Buffer, target: int, tag: int) -> MpiRequest:
+        """See `Communicator`."""
+        message = buffer if isinstance(buffer, Buffer) else self.prepare(buffer)
+        route = (self._rank, target, tag)
+        try:
+            request = self._comm.Isend(message.handle, target, tag + RESERVED_TAGS)
+        except MPI.Exception as error:
+            raise _failed(error, route) from error
+        return MpiRequest(request, message, route, sending=True)
+
+    def irecv(self, buffer: Tensor | Buffer, source: int, tag: int) -> MpiRequest:
+        """See `Communicator`. Sizes are to be agreed on before: Open MPI is known to crash when a long
+        message does not fit."""
+        message = buffer if isinstance(buffer, Buffer) else self.prepare(buffer)
+        route = (source, self._rank, tag)
+        try:
+            request = self._comm.Irecv(message.handle, source, tag + RESERVED_TAGS)
+        except MPI.Exception as error:
+            raise _failed(error, route) from error
+        return MpiRequest(request, message, route, sending=False)
+
+    def cancel(self, request: Request) -> bool:
+        """See `Communicator`."""
+        found = cast(MpiRequest, request)
+        if found.sending:
+            raise CommunicationError("only receives can be cancelled, not a send")
+        if found.finished:
+            return False
+        found.request.Cancel()
+        found.request.Wait(found.status)
+        found.finished = True
+        return bool(found.status.Is_cancelled())
+
+    def wait(self, requests: Sequence[Request]) -> None:
+        """See `Communicator`. Polls, since MPI has no other way to wait without burning the processor."""
+        pending = [r for r in requests if not r.done()]
+        start = time.perf_counter()
+        while pending:
+            waited = time.perf_counter() - start
+            time.sleep(0 if waited < SPIN else min(PATIENCE * waited, LONGEST_SLEEP))
+            pending = [r for r in pending if not r.done()]
+
+    def neighbor_exchange(
+        self, sources: Sequence[int], targets: Sequence[int], objects: Sequence[Any]
+    ) -> list[Any]:
+        """See `Communicator`. Over a distributed graph topology whose edges are those of this call."""
+        graph = self._comm.Create_dist_graph_adjacent(list(sources), list(targets), reorder=False)
+        try:
+            return list(graph.neighbor_alltoall(list(objects)))
+        finally:
+            graph.Free()
+
+    def abort(self, code: int) -> NoReturn:
+        """See `Communicator`."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(code)
+        os._exit(code)  # in case the library lets the call return
+
+    def close(self) -> None:
+        """Give the communicator back, once nothing is under way; called by all ranks."""
+        self.barrier()
+        self._comm.Free()
+
+
+def connect() -> MpiCommunicator:
+    """A communicator of all processes, ranks ordered by host and then by local rank; called by all of them.
+
+    It is a duplicate: messages never mix with those of the caller's own use of MPI. Raises CommunicationError
+    in a process that the launcher has started with others and that MPI knows nothing of.
+    """
+    world = MPI.COMM_WORLD
+    error = lonely(size=world.Get_size())
+    if error is not None:
+        raise CommunicationError(error)
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    first = node.bcast(world.Get_rank())  # names a host better than its name: containers may share that
+    place = (first, node.Get_rank())
+    node.Free()
+    places = world.allgather((*place, MPI.Get_processor_name()))
+    hosts = tuple(name for _, _, name in sorted(places))
+    comm = cast(MPI.Intracomm, world.Split(0, key=sorted(p[:2] for p in places).index(place)))
+    return MpiCommunicator(comm, _distinct(tuple(first for first, _, _ in sorted(places)), hosts))
+
+
+def _distinct(nodes: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that differ exactly where the nodes do."""
+    owner: dict[str, int] = {}
+    for node, name in zip(nodes, names, strict=True):
+        owner.setdefault(name, node)
+    return tuple(
+        name if owner[name] == node else f"{name}#{node}" for node, name in zip(nodes, names, strict=True)
+    )
+
+
+def _failed(error: MPI.Exception, route: tuple[int, int, int]) -> CommunicationError:
+    source, target, tag = route
+    return CommunicationError(
+        f"the message from rank {source} to rank {target} with tag {tag} failed: {error.Get_error_string()}"
+    )

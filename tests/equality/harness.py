@@ -1,0 +1,254 @@
+"""Runs a case on a world of ranks and holds every number against the reference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpp.capture.capture import Captured, capture
+from gpp.capture.export import EXAMPLES
+from gpp.capture.weights import build_plain
+from gpp.cost import Roofline
+from gpp.plan import Plan, Policy, check_plan
+from gpp.planner.estimate import Group, Problem, assemble
+from gpp.planner.options import Options
+from gpp.program.build import Roots, build_stage, mode_plan
+from gpp.program.stage import StageProgram
+from gpp.runtime.communicator import Communicator
+from gpp.runtime.executor import Executor
+from gpp.runtime.reference import Reference
+from gpp.runtime.reports import Reports
+from gpp.runtime.results import ModeResults, Total, combine
+from gpp.runtime.schedules import Schedules, pieces_of, schedules
+from gpp.runtime.state import Clipping, StageState
+from gpp.schedule.check import check
+from gpp.topology import Device, DeviceTopology, Link
+
+from .cases import Case
+from .models import batch
+
+STEPS = 3
+HELD_OUT = 13  # a mini-batch and a ragged rest
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that is the same on every rank."""
+
+    case: Case
+    captured: Captured
+    values: dict[str, Tensor]
+    plan: Plan
+    evaluation: Plan
+    lowered: Schedules
+    batches: list[dict[str, Tensor]]
+    held_out: dict[str, Tensor]
+
+    def program(self, rank: int) -> StageProgram | None:
+        stage = next((i for i, s in enumerate(self.plan.stage_graph.stages) if rank in s.devices), None)
+        if stage is None:
+            return None
+        return build_stage(
+            self.captured.traced,
+            self.plan,
+            self.evaluation,
+            stage,
+            Roots(self.captured.roots, self.captured.train.loss.weight is None),
+            train_sizes=[len(p) for p in pieces_of(self.lowered.train, rank)],
+            evaluation_sizes=[len(p) for s in self.lowered.evaluate.values() for p in pieces_of(s, rank)],
+            device=CPU,
+        )
+
+    @property
+    def clipping(self) -> Clipping | None:
+        return (
+            None
+            if self.case.clip is None
+            else Clipping(self.case.clip, tuple(self.captured.traced.trainable))
+        )
+
+
+def prepare(case: Case) -> Ready:
+    built = build_plain(lambda: case.model().to(case.dtype), seed=1)
+    captured = capture(built.model, batch(built.model, EXAMPLES, 0, case.dtype), seed=5)
+    names = [*dict(built.model.named_parameters()), *dict(built.model.named_buffers())]
+    plan = make_plan(case, captured)
+    evaluation = mode_plan(plan, captured.traced.evaluate)
+    lowered = schedules(plan, evaluation, HELD_OUT)
+    check(plan, lowered.train)
+    for schedule in lowered.evaluate.values():
+        check(evaluation, schedule)
+    return Ready(
+        case,
+        captured,
+        built.values(names),
+        plan,
+        evaluation,
+        lowered,
+        [batch(built.model, case.mini_batch, 10 + i, case.dtype) for i in range(STEPS)],
+        batch(built.model, HELD_OUT, 99, case.dtype),
+    )
+
+
+def make_plan(case: Case, captured: Captured) -> Plan:
+    device = Device("test", memory=1e12, flops=1e9, bandwidth=1e9)
+    link = Link(0.0, 1e9)
+    topology = DeviceTopology("test", (device,) * case.ranks, case.ranks, link, link)
+    options = Options(
+        mini_batch=case.mini_batch,
+        micro_batch=case.micro_batch,
+        policy=Policy(case.policy, case.extra),
+        global_norm=case.clip is not None,
+    )
+    problem = Problem(captured.graph, topology, Roofline(), options)
+    replicas = case.replicas or (1,) * len(case.stages)
+    left = {op.name: i for i, op in enumerate(captured.graph.operators)}
+    groups = []
+    for prefixes, count in zip(case.stages, replicas, strict=True):
+        chosen = [name for name in left if any(name.startswith(p) for p in prefixes)]
+        assert chosen, (case.name, prefixes, list(captured.graph.index))
+        groups.append(Group(tuple(left.pop(name) for name in chosen), count))
+    assert not left, (case.name, left)
+    plan = assemble(problem, groups, case.micro_batch, "by hand")
+    check_plan(plan, captured.graph)
+    return mode_plan(plan, captured.traced.train)
+
+
+class Watched(StageState):
+    """Keeps the gradients that the optimizer is given."""
+
+    seen: list[dict[str, Tensor]]
+
+    def update(self) -> float | None:
+        if not hasattr(self, "seen"):
+            self.seen = []
+        self.seen.append({name: self.gradients[name].clone() for name in self._reached})
+        return super().update()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank ended with; losses, metrics and evaluation on rank 0 only."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    gradients: list[dict[str, Tensor]]
+    losses: list[float]
+    metrics: list[dict[str, float]]
+    norms: list[float | None]
+    evaluation: dict[str, float]
+
+
+def run_rank(ready: Ready, comm: Communicator, program: StageProgram | None) -> Outcome:
+    case, captured = ready.case, ready.captured
+    train = ModeResults(captured.train.loss, captured.train.metrics)
+    evaluate = ModeResults(captured.evaluate.loss, captured.evaluate.metrics)
+    state = None
+    if program is not None:
+        owned = {n: ready.values[n].clone() for n in (*program.parameters, *program.buffers)}
+        state = Watched(program, ready.plan.stage_graph, owned, case.make_optimizer, ready.clipping)
+
+    def runner(plan: Plan, schedule, results, tag) -> tuple[Executor, Reports]:
+        executor = Executor(comm, plan, schedule, program, state, results.loss, CPU)
+        return executor, Reports(comm, schedule, program, tag)
+
+    executor, reports = runner(ready.plan, ready.lowered.train, train, 100)
+    losses, metrics, norms = [], [], []
+    executor.open(STEPS)
+    for step in range(STEPS):
+        outcome = executor.run(step, rows(executor, ready.batches[step]))
+        terms = reports.exchange(outcome)
+        norms.append(outcome.norm)
+        if comm.rank == 0:
+            losses.append(combine(train.loss, terms, case.mini_batch).mean)
+            metrics.append({m.name: combine(m, terms, case.mini_batch).mean for m in train.metrics})
+    executor.close()
+    reports.flush()
+    totals: dict[str, Total] = {}
+    for i, (start, stop) in enumerate(ragged(case.mini_batch)):
+        schedule = ready.lowered.evaluate[stop - start]
+        executor, reports = runner(ready.evaluation, schedule, evaluate, 101 + i)
+        part = {k: v[start:stop] for k, v in ready.held_out.items()}
+        executor.open(1)
+        terms = reports.exchange(executor.run(0, rows(executor, part)))
+        executor.close()
+        reports.flush()
+        if comm.rank == 0:
+            for result in (evaluate.loss, *evaluate.metrics):
+                found = combine(result, terms, stop - start)
+                totals[result.name] = totals.get(result.name, Total(0.0, 0.0)) + found
+    return Outcome(
+        {n: p.detach().clone() for n, p in state.parameters.items()} if state else {},
+        dict(state.buffers) if state else {},
+        getattr(state, "seen", []),
+        losses,
+        metrics,
+        norms,
+        {name: total.mean for name, total in totals.items()},
+    )
+
+
+def rows(executor: Executor, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    index = [i for piece in executor.pieces for i in range(piece.start, piece.stop)]
+    keys = executor.functions.batch_keys if executor.functions else ()
+    return {key: whole[key][index] for key in keys}
+
+
+def ragged(mini_batch: int) -> list[tuple[int, int]]:
+    return [(s, min(s + mini_batch, HELD_OUT)) for s in range(0, HELD_OUT, mini_batch)]
+
+
+def reference(ready: Ready) -> tuple[Reference, list, dict[str, float]]:
+    case, captured = ready.case, ready.captured
+    single = Reference(
+        captured.traced,
+        captured.roots,
+        ModeResults(captured.train.loss, captured.train.metrics),
+        ModeResults(captured.evaluate.loss, captured.evaluate.metrics),
+        ready.values,
+        case.make_optimizer,
+        case.clip,
+    )
+    steps = [single.step(i, b, case.micro_batch) for i, b in enumerate(ready.batches)]
+    parts = [{k: v[s:t] for k, v in ready.held_out.items()} for s, t in ragged(case.mini_batch)]
+    return single, steps, single.evaluate(parts, case.micro_batch)
+
+
+def compare(ready: Ready, outcomes: Sequence[Outcome]) -> None:
+    """Assert that every number of the ranks is the reference's."""
+    case = ready.case
+    single, steps, evaluation = reference(ready)
+    same = exactly if case.exact else closely
+    first = next((o for o in outcomes if o.losses), None)
+    if first is not None:
+        for i, step in enumerate(steps):
+            same(torch.tensor(first.losses[i]), torch.tensor(step.loss), f"loss {i}")
+            for name, value in step.metrics.items():
+                same(torch.tensor(first.metrics[i][name]), torch.tensor(value), f"{name} {i}")
+        for name, value in evaluation.items():
+            closely(torch.tensor(first.evaluation[name]), torch.tensor(value), f"evaluation {name}", 1e-6)
+    for outcome in outcomes:
+        for i, gradients in enumerate(outcome.gradients):
+            for name, gradient in gradients.items():
+                same(gradient, steps[i].gradients[name], f"gradient of {name} in step {i}")
+        for name, value in outcome.parameters.items():
+            same(value, single.parameters[name].detach(), f"parameter {name}")
+        for name, value in outcome.buffers.items():
+            same(value, single.buffers[name], f"buffer {name}")
+        if case.clip is not None and any(outcome.norms):
+            for i, step in enumerate(steps):
+                same(torch.tensor(outcome.norms[i]), torch.tensor(step.norm), f"norm {i}")
+    covered = {name for outcome in outcomes for name in outcome.parameters}
+    if len(outcomes) == case.ranks:
+        assert covered == set(single.parameters), set(single.parameters) - covered
+
+
+def exactly(found: Tensor, expected: Tensor, what: str) -> None:
+    assert torch.equal(found, expected), f"{what}: {found} is not {expected}"
+
+
+def closely(found: Tensor, expected: Tensor, what: str, bound: float = 1e-10) -> None:
+    distance = (found.double() - expected.double()).norm()
+    assert distance <= bound * expected.double().norm() + 1e-300, f"{what}: off by {distance}"

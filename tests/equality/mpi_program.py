@@ -1,0 +1,41 @@
+"""The program of an MPI job: every case that needs exactly this many ranks, each held against the reference.
+
+Ranks compare what they own; rank 0 prints the name of a case after all have passed it.
+"""
+
+import sys
+import traceback
+
+import torch
+
+from gpp.runtime.mpi import connect
+from gpp.runtime.neighbors import check_neighbors
+
+from .cases import CASES
+from .harness import compare, prepare, run_rank
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    comm = connect()
+    try:
+        for case in CASES:
+            if case.ranks != comm.size:
+                continue
+            ready = prepare(case)
+            program = ready.program(comm.rank)
+            check_neighbors(
+                comm, ready.plan.stage_graph, ready.lowered.train, program.train if program else None
+            )
+            compare(ready, [run_rank(ready, comm, program)])
+            comm.barrier()
+            if comm.rank == 0:
+                print("passed", case.name, flush=True)
+    except BaseException:
+        print(f"rank {comm.rank}:", traceback.format_exc(), file=sys.stderr, flush=True)
+        comm.abort(1)
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

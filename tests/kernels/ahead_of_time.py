@@ -1,0 +1,125 @@
+"""Compiles every kernel in its production configurations for one GPU architecture, on a machine without one.
+
+    python -m tests.kernels.ahead_of_time 90
+
+prints one JSON object a line: kernel, case, registers, bytes of stack (spills), bytes of shared memory and
+number of wgmma instructions. The launch functions run on meta tensors, with a launcher that compiles.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from kernels import launch, layer_norm, linear
+
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+
+class NoDevice:
+    """Enough of a driver for Triton to compile and never run."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def is_active(self) -> bool:
+        return True
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a compiled kernel, by the tool that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = RESOURCES.search(text.stdout)
+    assert found is not None, text.stdout
+    return int(found[1]), int(found[2])
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layer_norm_cases() -> Any:
+    """(name, function, arguments) over widths in registers, the widest of them, and in a loop."""
+    for dtype, widths in ((torch.bfloat16, (128, 1024)), (torch.float32, ())):
+        for width in (*widths, layer_norm.WHOLE_ROW, layer_norm.WHOLE_ROW + 1000):
+            x = empty(64, width, dtype=dtype)
+            vector = empty(width, dtype=dtype)
+            number = empty(64, dtype=torch.float32)
+            case = f"{dtype} width {width}"
+            yield case, layer_norm.launch_forward, (x, vector, vector, 1e-5)
+            yield case, layer_norm.launch_backward_input, (x, x, number, number, vector)
+        yield str(dtype), layer_norm.launch_backward_weight, (x, x, number, number, dtype)
+
+
+def linear_cases() -> Any:
+    """Large and small tiles, every activation, every precision, the three products of training."""
+    for dtype, activation, rows in (
+        (torch.bfloat16, "none", 4096),
+        (torch.bfloat16, "relu", 4096),
+        (torch.bfloat16, "gelu_tanh", 4096),
+        (torch.bfloat16, "gelu_erf", 4096),
+        (torch.bfloat16, "silu", 4096),
+        (torch.bfloat16, "gelu_tanh", 128),
+        (torch.float16, "gelu_erf", 4096),
+        (torch.float32, "gelu_erf", 4096),
+    ):
+        x, weight = empty(rows, 1024, dtype=dtype), empty(4096, 1024, dtype=dtype)
+        dz = empty(rows, 4096, dtype=dtype)
+        smooth = activation in linear.NEEDS_PREACTIVATION
+        forward = linear.launch_forward_keeping if smooth else linear.launch_forward
+        case = f"{dtype} {activation} {rows} rows"
+        yield case, forward, (x, weight, empty(4096, dtype=dtype), activation)
+        if activation != "none" and dtype != torch.float16:
+            yield case, linear.launch_backward_activation, (dz, dz, activation)
+        if activation == "none" or dtype == torch.float32:
+            yield case, linear.launch_backward_input, (dz, weight)
+            yield case, linear.launch_backward_weight, (dz, x)
+            yield case, linear.launch_backward_bias, (dz,)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield "tf32 gelu_erf", linear.launch_forward_keeping, (x, weight, empty(4096, dtype=dtype), activation)
+
+
+def main(architecture: int) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    assert not launch.INTERPRETED, "compile in a process where TRITON_INTERPRET is not set"
+    triton.runtime.driver.set_active(NoDevice(architecture))
+    case = ""
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        registers, stack = usage(compiled.asm["cubin"])
+        row = {"kernel": kernel.__name__, "case": case, "registers": registers, "stack": stack}
+        row |= {"shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
+        print(json.dumps(row), flush=True)
+
+    layer_norm.launch = linear.launch = compile_only
+    for case, function, arguments in (*layer_norm_cases(), *linear_cases()):  # noqa: B007
+        function(*arguments)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

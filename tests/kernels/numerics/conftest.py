@@ -1,0 +1,38 @@
+"""Every kernel test: memory that nobody wrote is not-a-number, and the interpreter checks each address."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.launch import INTERPRETED
+from tests.kernels.numerics.bounds import check_bounds
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        return allocate(self, *arguments, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def checked_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if INTERPRETED:
+        check_bounds(monkeypatch)
+    yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not INTERPRETED and "numerics" in str(item.path):
+            item.add_marker(pytest.mark.gpu)

@@ -1,0 +1,211 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from kernels.fuse import Fused, fuse
+
+functional = nn.functional
+
+
+def exported(model: nn.Module, *shape: int, dtype: torch.dtype = torch.float32) -> torch.fx.GraphModule:
+    """The model's ATen graph with a dynamic number of samples; parameters are its attributes."""
+    x = torch.randn(shape, dtype=dtype)
+    shapes = ({0: torch.export.Dim("batch")},)
+    module = torch.export.export(model.to(dtype), (x,), dynamic_shapes=shapes).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    return module
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.first = nn.Linear(16, 24)
+        self.second = nn.Linear(24, 24, bias=False)
+        self.third = nn.Linear(24, 16)
+        self.last = nn.Linear(16, 3)
+        self.final = nn.LayerNorm(3, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.gelu(self.first(self.norm(x)), approximate="tanh")
+        h = functional.silu(self.second(h))
+        h = functional.relu(self.third(h), inplace=True)
+        return self.final(self.last(h + x))
+
+
+def test_a_small_network_keeps_its_numbers() -> None:
+    torch.manual_seed(0)
+    plain = exported(Network(), 4, 16)
+    fused, report = fuse(plain)
+    x = torch.randn(6, 16)
+    expected, got = plain(x), fused(x)
+    torch.testing.assert_close(got, expected)
+    parameters = list(plain.parameters())
+    assert [id(p) for p in fused.parameters()] == [id(p) for p in parameters]
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    assert [item.operator.split(".")[1] for item in report.fused] == [
+        "layer_norm",
+        *["linear"] * 3,
+        "layer_norm",
+    ]
+    assert report.fused[1] == Fused("gpp_kernels.linear.default", ("linear", "gelu"))
+    assert [item.node for item in report.left] == ["linear_3"]
+    assert "a plain product stays with torch" in report.left[0].reason
+    text = str(report)
+    assert text.startswith("fused 8 nodes to 5, left 1\n")
+    assert "  gpp_kernels.linear.default <- linear_2 + relu_" in text
+
+
+def test_training_a_fused_network_equals_training_the_plain_one() -> None:
+    torch.manual_seed(0)
+    model = Network()
+    plain, (fused, _) = exported(model, 4, 16), fuse(exported(copy.deepcopy(model), 4, 16))
+    x = torch.randn(8, 16)
+    for module in (plain, fused):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_graph_given_is_not_changed() -> None:
+    plain = exported(Network(), 4, 16)
+    before = str(plain.graph)
+    fuse(plain)
+    assert str(plain.graph) == before
+
+
+def test_the_fused_graph_has_the_meta_of_what_it_replaces() -> None:
+    plain = exported(Network(), 4, 16)
+    fused, _ = fuse(plain)
+    node = next(n for n in fused.graph.nodes if "linear" in str(n.target))
+    old = next(n for n in plain.graph.nodes if n.name == "gelu")
+    assert node.meta["val"] is old.meta["val"] and node.meta["nn_module_stack"] == old.meta["nn_module_stack"]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_both_forms_of_gelu(approximate: str) -> None:
+    plain = exported(nn.Sequential(nn.Linear(5, 7), nn.GELU(approximate=approximate)), 4, 5)
+    fused, report = fuse(plain)
+    assert len(report.fused) == 1 and not report.left
+    x = torch.randn(3, 5) * 3
+    assert torch.equal(fused(x), plain(x))
+
+
+def test_bfloat16_is_fused() -> None:
+    plain = exported(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU()), 4, 8, dtype=torch.bfloat16)
+    fused, report = fuse(plain)
+    assert len(report.fused) == 2
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+class TwoReaders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.linear(x)
+        return torch.relu(z) + z
+
+
+class NormOfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm((3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+LEFT = [
+    (TwoReaders(), (4, 4), torch.float32, "2 nodes read its output, an activation must be the only one"),
+    (NormOfTwo(), (4, 3, 4), torch.float32, "it normalises 2 dimensions, the operator one"),
+    (nn.LayerNorm(4), (4, 4), torch.float64, "is torch.float64, the kernels compute in float32"),
+    (nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (4, 4), torch.float32, "no activation follows but tanh"),
+]
+
+
+@pytest.mark.parametrize("model, shape, dtype, reason", LEFT, ids=[case[3][:30] for case in LEFT])
+def test_what_does_not_fit_is_left(
+    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, reason: str
+) -> None:
+    plain = exported(model, *shape, dtype=dtype)
+    fused, report = fuse(plain)
+    assert not report.fused and len(report.left) == 1
+    assert reason in report.left[0].reason
+    assert str(fused.graph) == str(plain.graph)
+
+
+def test_a_node_of_unknown_shape_is_left() -> None:
+    plain = exported(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), 4, 4)
+    for node in plain.graph.nodes:
+        node.meta.pop("val", None)
+    _, report = fuse(plain)
+    assert not report.fused and "are not known" in report.left[0].reason
+
+
+def test_nodes_of_sub_graphs_are_listed_as_left() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.norm(x)
+            return x * 2
+
+    _, report = fuse(exported(Frozen(), 4, 4))
+    assert not report.fused
+    assert [item.reason.rpartition(" ")[0] for item in report.left] == ["it is inside the sub-graph"]
+
+
+def test_a_traced_graph_with_placeholders_for_parameters() -> None:
+    def stage(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.relu(functional.linear(x, weight, bias))
+
+    inputs = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)
+    plain = make_fx(stage, pre_dispatch=True)(*inputs)
+    fused, report = fuse(plain)
+    assert [item.nodes for item in report.fused] == [("linear", "relu")]
+    assert torch.equal(fused(*inputs), plain(*inputs))
+
+
+def test_a_joint_trace_of_a_fused_graph_has_separate_gradients() -> None:
+    def stage(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.silu(functional.linear(functional.layer_norm(x, (8,)), weight, bias))
+
+    inputs = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)
+    plain = make_fx(stage, pre_dispatch=True)(*inputs)
+    fused, _ = fuse(plain)
+
+    def gradients(module: torch.fx.GraphModule, *values: Tensor) -> tuple[Tensor, ...]:
+        leaves = [value.detach().requires_grad_() for value in values]
+        return torch.autograd.grad(module(*leaves).square().sum(), leaves)
+
+    joint = make_fx(lambda *values: gradients(fused, *values))(*inputs)
+    names = [str(n.target).split(".")[1] for n in joint.graph.nodes if "gpp_kernels" in str(n.target)]
+    assert names == [
+        "layer_norm_forward",
+        "linear_keeping",
+        "linear_backward_activation",
+        "linear_backward_input",
+        "linear_backward_weight",
+        "linear_backward_bias",
+        "layer_norm_backward_input",
+    ]
+    for got, expected in zip(joint(*inputs), gradients(plain, *inputs), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -1,0 +1,81 @@
+"""What needs a process of its own: interpreted kernels, compiled ones, an import that touches no device."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {90: 232448, 80: 166912}  # bytes that one block may use
+
+
+def python(*arguments: str, interpret: bool) -> str:
+    """The output of a Python process that ended well."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_under_the_interpreter() -> None:
+    output = python("-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/numerics", interpret=True)
+    assert " passed in" in output and "skipped" not in output, output[-2000:]
+
+
+def compiled(architecture: int) -> list[dict[str, Any]]:
+    output = python("-m", "tests.kernels.ahead_of_time", str(architecture), interpret=False)
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[int, list[dict[str, Any]]]:
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SHARED_MEMORY, pool.map(compiled, SHARED_MEMORY), strict=True))
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, list[dict[str, Any]]]) -> None:
+    table = tables[architecture]
+    assert {row["kernel"] for row in table} == {
+        "forward_kernel",
+        "backward_input_kernel",
+        "backward_weight_kernel",
+        "finish_weight_kernel",
+        "product_kernel",
+        "activation_backward_kernel",
+        "column_sum_kernel",
+    }
+    assert [row for row in table if row["stack"] > 0] == []
+    assert [row for row in table if row["shared"] > SHARED_MEMORY[architecture]] == []
+
+
+def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
+    tables: dict[int, list[dict[str, Any]]],
+) -> None:
+    products = [
+        row for row in tables[90] if row["kernel"] == "product_kernel" and "float32" not in row["case"]
+    ]
+    assert len(products) >= 10
+    assert [row for row in products if row["wgmma"] == 0] == []
+
+
+def test_import_needs_no_device() -> None:
+    code = """
+import sys, torch, triton
+def refuse(*_): raise AssertionError("a driver was asked for")
+type(triton.runtime.driver).active = property(refuse)
+import kernels.fuse
+from kernels.linear import linear
+print(linear(torch.ones(2, 3), torch.ones(4, 3), None, "relu").sum().item())
+assert not torch.cuda.is_initialized() and not any(m.startswith("gpp.") for m in sys.modules)
+"""
+    assert python("-c", code, interpret=False).strip() == "24.0"
