@@ -133,7 +133,7 @@ class NormOfTwo(nn.Module):
 LEFT = [
     (TwoReaders(), (4, 4), torch.float32, "2 nodes read its output, an activation must be the only one"),
     (NormOfTwo(), (4, 3, 4), torch.float32, "it normalises 2 dimensions, the operator one"),
-    (nn.LayerNorm(4), (4, 4), torch.float64, "is torch.float64, the kernels compute in float32"),
+    (nn.LayerNorm(4), (4, 4), torch.float64, "its dtype is torch.float64, the kernels compute in float32"),
     (nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (4, 4), torch.float32, "no activation follows but tanh"),
 ]
 
@@ -154,7 +154,24 @@ def test_a_node_of_unknown_shape_is_left() -> None:
     for node in plain.graph.nodes:
         node.meta.pop("val", None)
     _, report = fuse(plain)
-    assert not report.fused and "are not known" in report.left[0].reason
+    assert not report.fused and report.left[0].reason == "its shape and dtype are not known"
+
+
+def test_placeholders_need_no_shape() -> None:
+    plain = exported(Network(), 4, 16)
+    for node in plain.graph.nodes:
+        if node.op != "call_function":
+            node.meta.pop("val", None)
+    assert len(fuse(plain)[1].fused) == 5
+
+
+def test_what_the_operator_refuses_is_left() -> None:
+    def vector_weight(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.relu(functional.linear(x, weight))
+
+    plain = make_fx(vector_weight, pre_dispatch=True)(torch.randn(4, 8), torch.randn(8))
+    _, report = fuse(plain)
+    assert not report.fused and "weight must have two dimensions" in report.left[0].reason
 
 
 def test_nodes_of_sub_graphs_are_listed_as_left() -> None:

@@ -1,0 +1,58 @@
+"""The one door through which every kernel is launched.
+
+Nothing here asks for a device: the room can be imported on a machine without a GPU or its driver. With
+TRITON_INTERPRET=1 in the environment (Triton reads it when a kernel is defined, so set it before importing)
+the kernels themselves run on CPU tensors, one program after another; without it CPU tensors take the
+reference implementation of each operator.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from . import interpreter
+
+    interpreter.repair()
+
+# The interpreter keeps its program id and its patched language in globals.
+_interpreter_lock = threading.RLock()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run `kernel` on the device of its first argument, a tensor; an empty grid is no launch at all."""
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        with _interpreter_lock, interpreter.arithmetic():
+            kernel[grid](*arguments, **options)
+    else:
+        with _on_device(arguments[0]):
+            kernel[grid](*arguments, **options)
+
+
+def _on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the device of the tensors."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks of `block` cover `size`."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def on_cpu(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs for CPU tensors: the kernel when it is interpreted, else the reference."""
+    return kernel if INTERPRETED else reference
