@@ -1,0 +1,159 @@
+"""The configuration as checked records; each reader raises SettingsError naming key, rule and value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from gpp.cost import Roofline
+from gpp.plan import Policy
+from gpp.topology import Device, DeviceTopology, Link
+
+ALONE = 4  # devices of cluster.devices=auto without MPI
+
+
+class SettingsError(ValueError):
+    """A value of the configuration that cannot be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The `train` group."""
+
+    steps: int
+    mini_batch: int
+    micro_batch: int | Literal["auto"]
+    seed: int
+    init: str
+    verify: bool
+    clip_norm: float | None
+    held_out: float
+    log_every: int
+
+
+def whole(config: DictConfig, key: str, least: int) -> int:
+    """An integer of at least `least`."""
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SettingsError(f"{key} must be a whole number of at least {least}, it is {value!r}")
+    return value
+
+
+def number(config: DictConfig, key: str, *, above: float | None = None) -> float:
+    """A number, larger than `above` if that is given."""
+    value = OmegaConf.select(config, key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise SettingsError(f"{key} must be a number, it is {value!r}")
+    if above is not None and value <= above:
+        raise SettingsError(f"{key} must be larger than {above:g}, it is {value!r}")
+    return float(value)
+
+
+def choice(config: DictConfig, key: str, known: Sequence[str]) -> str:
+    """One of some words."""
+    value = OmegaConf.select(config, key)
+    if value not in known:
+        raise SettingsError(f"{key} must be one of {', '.join(known)}, it is {value!r}")
+    return str(value)
+
+
+def train_settings(config: DictConfig) -> TrainSettings:
+    """The `train` group, checked."""
+    micro = OmegaConf.select(config, "train.micro_batch")
+    clip = OmegaConf.select(config, "train.clip_norm")
+    share = number(config, "train.held_out")
+    if not 0 <= share < 1:
+        raise SettingsError(f"train.held_out must be at least 0 and below 1, it is {share:g}")
+    verify = OmegaConf.select(config, "train.verify")
+    if not isinstance(verify, bool):
+        raise SettingsError(f"train.verify must be true or false, it is {verify!r}")
+    return TrainSettings(
+        steps=whole(config, "train.steps", 0),
+        mini_batch=whole(config, "train.mini_batch", 1),
+        micro_batch="auto" if micro == "auto" else whole(config, "train.micro_batch", 1),
+        seed=whole(config, "train.seed", 0),
+        init=choice(config, "train.init", ("plain", "recorded")),
+        verify=verify,
+        clip_norm=None if clip is None else number(config, "train.clip_norm", above=0.0),
+        held_out=share,
+        log_every=whole(config, "train.log_every", 1),
+    )
+
+
+def device_count(config: DictConfig, world: int | None) -> int:
+    """cluster.devices: `auto` is the world's size under MPI, else ALONE. Raises if the world is too small."""
+    value = OmegaConf.select(config, "cluster.devices")
+    if value == "auto":
+        return ALONE if world is None else world
+    count = whole(config, "cluster.devices", 1)
+    if world is not None and count > world:
+        raise SettingsError(
+            f"cluster.devices is {count}, but there are {world} MPI ranks, one a device: start {count} ranks "
+            "or leave cluster.devices=auto"
+        )
+    return count
+
+
+def topology(config: DictConfig, count: int, hosts: Sequence[str] | None) -> DeviceTopology:
+    """The `cluster` group for `count` devices; `hosts` names each rank's host under MPI."""
+    cluster = config.cluster
+    device = Device(
+        name=str(cluster.name),
+        memory=number(config, "cluster.memory", above=0),
+        flops=number(config, "cluster.flops", above=0),
+        bandwidth=number(config, "cluster.bandwidth", above=0),
+        overhead=number(config, "cluster.overhead"),
+    )
+    return DeviceTopology(
+        name=str(cluster.name),
+        devices=(device,) * count,
+        per_host=_per_host(config, count, hosts),
+        inside=_link(config, "cluster.inside"),
+        between=_link(config, "cluster.between"),
+    )
+
+
+def _link(config: DictConfig, key: str) -> Link:
+    return Link(
+        latency=number(config, f"{key}.latency"), bandwidth=number(config, f"{key}.bandwidth", above=0)
+    )
+
+
+def _per_host(config: DictConfig, count: int, hosts: Sequence[str] | None) -> int:
+    """Devices of one host, checked against where the ranks are."""
+    wanted = OmegaConf.select(config, "cluster.per_host")
+    found = None
+    if hosts is not None:
+        counts = {host: list(hosts).count(host) for host in hosts}
+        found = max(counts.values())
+    if wanted == "auto":
+        return min(count, found or count)
+    given = whole(config, "cluster.per_host", 1)
+    if found is not None and len(set(hosts or ())) > 1 and found != given:
+        raise SettingsError(
+            f"cluster.per_host is {given}, but the fullest host has {found} ranks: start {given} ranks a "
+            "host or set cluster.per_host=auto"
+        )
+    return given
+
+
+def costs(config: DictConfig) -> Roofline:
+    """The `cost` group."""
+    return Roofline(update_traffic=number(config, "cost.update_traffic"))
+
+
+def policy(config: DictConfig) -> Policy:
+    """The `schedule` group."""
+    return Policy(
+        name=choice(config, "schedule.name", ("1f1b", "gpipe")),
+        extra_warm_up=whole(config, "schedule.extra_warm_up", 0),
+    )
+
+
+def configuration_digest(config: DictConfig) -> str:
+    """A digest of everything but Hydra's own node: equal on all ranks, or the run is refused."""
+    import hashlib
+
+    own: Any = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+    return hashlib.sha256(OmegaConf.to_yaml(own, resolve=True).encode()).hexdigest()[:16]

@@ -1,0 +1,225 @@
+"""python -m launch.train: trains a model as a graph of pipeline stages, under MPI or in one process.
+
+Groups: model data cluster cost planner schedule kernels transport optimizer; keys: train.* plan device. The
+run's folder holds plan.json, graph.json, trace.json, metrics.jsonl, result.json and config.yaml.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .start import launch, own_overrides, run_folder
+
+if TYPE_CHECKING:
+    from gpp.program.stage import StageProgram
+    from gpp.runtime.communicator import Communicator
+    from gpp.runtime.mpi import MpiCommunicator
+    from gpp.runtime.trainer import StepRecord
+
+    from .job import Job
+
+
+def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
+    """The task of this command."""
+    from gpp.runtime.loopback import LoopbackWorld, run
+
+    from .guard import alone, together
+    from .job import prepare, program_of, threads_of_a_rank
+
+    comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
+    folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
+    job, ranks = prepare(config, own_overrides(), comm, alone=mpi is None)
+    mine = range(ranks) if mpi is None else [comm.rank]
+    programs = together(comm, lambda: {rank: program_of(config, job, rank) for rank in mine})
+    if comm.rank == 0:
+        _announce(config, job, ranks, folder)
+    threads = threads_of_a_rank(ranks if mpi is None else comm.hosts.count(comm.hosts[comm.rank]))
+    base = _peak_memory()
+    if mpi is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+        alone(comm, lambda: _rank(job, comm, programs[comm.rank], folder, base))
+        return
+    try:
+        run(LoopbackWorld(ranks), lambda own: _rank(job, own, programs[own.rank], folder, base), threads)
+    except Exception as problem:
+        from .guard import explain
+        from .start import refuse
+
+        refuse(explain(problem))
+
+
+def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
+    from gpp.graph import graph_to_json
+    from gpp.plan import plan_to_json
+    from gpp.plan_table import plan_table
+
+    captured, settings = job.material.captured, job.material.settings
+    (folder / "plan.json").write_text(plan_to_json(job.plan))
+    (folder / "graph.json").write_text(graph_to_json(captured.graph))
+    (folder / "config.yaml").write_text(
+        OmegaConf.to_yaml(
+            OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]), resolve=True
+        )
+    )
+    print(plan_table(job.plan))
+    if captured.coupled:
+        print(f"mixes samples per micro-batch, as gradient accumulation does: {', '.join(captured.coupled)}")
+    if captured.coupled_metrics:
+        print(f"averaged over micro-batches, not over samples: {', '.join(captured.coupled_metrics)}")
+    if job.batches.dropped:
+        print(
+            f"each epoch of {job.batches.per_epoch} steps leaves out {job.batches.dropped} of "
+            f"{job.batches.length} training samples, others each time"
+        )
+    print(f"{ranks} ranks, {settings.steps} steps, {folder}", flush=True)
+
+
+def _rank(job: "Job", comm: "Communicator", program: "StageProgram | None", folder: Path, base: int) -> None:
+    """One rank from initial weights to its part of the results."""
+    from gpp.runtime.trainer import Trainer
+
+    from .job import state_of
+
+    state = state_of(job, program)
+    trainer = Trainer(
+        comm,
+        job.plan,
+        job.evaluation,
+        job.lowered,
+        program,
+        state,
+        job.train_results,
+        job.evaluate_results,
+        job.material.device,
+    )
+    settings = job.material.settings
+    with _Log(folder, settings.steps, settings.log_every, comm.rank == 0) as log:
+        trainer.fit(job.material.train_data, job.batches, 0, settings.steps, log.step)
+        evaluation = trainer.evaluate(job.material.held_out) if len(job.material.held_out) else {}
+        trace = trainer.trace()
+        memory = comm.all_gather_object(_device_memory(job, base))
+        if comm.rank == 0:
+            log.finish(job, trainer.measured.typical, evaluation, trace, memory, comm.size)
+
+
+class _Log:
+    """What rank 0 prints and writes while it runs; on other ranks nothing."""
+
+    def __init__(self, folder: Path, steps: int, every: int, active: bool) -> None:
+        self.folder, self.steps, self.every = folder, steps, every
+        self.file = (folder / "metrics.jsonl").open("w") if active else None
+        self.last_loss: float | None = None
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def step(self, record: "StepRecord") -> None:
+        assert self.file is not None
+        self.last_loss = record.loss
+        line: dict[str, Any] = {
+            "step": record.step,
+            "loss": record.loss,
+            "step_seconds": record.seconds,
+            "samples_per_second": record.samples_per_second,
+            **record.metrics,
+        }
+        if record.norm is not None:
+            line["grad_norm"] = record.norm
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if record.step % self.every == 0 or record.step == self.steps - 1:
+            metrics = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
+            print(
+                f"step {record.step:>5}  loss {record.loss:.4f}{metrics}  {record.seconds * 1e3:.0f} ms  "
+                f"{record.samples_per_second:.0f} samples/s",
+                flush=True,
+            )
+
+    def finish(
+        self,
+        job: "Job",
+        measured: float,
+        evaluation: dict[str, float],
+        trace: Any,
+        memory: Sequence[int],
+        ranks: int,
+    ) -> None:
+        from gpp.simulate import predicted
+        from gpp.trace import compare, to_chrome
+
+        prediction = predicted(job.plan)
+        steps = job.material.settings.steps
+        if steps:
+            print(compare(prediction.trace, trace))
+        (self.folder / "trace.json").write_text(to_chrome(prediction.trace, *([trace] if steps else [])))
+        if evaluation:
+            self._say_evaluation(job, evaluation)
+        result = {
+            "world_size": ranks,
+            "steps": steps,
+            "final_loss": self.last_loss,
+            "eval": evaluation,
+            "predicted_step_seconds": prediction.step_seconds,
+            "measured_step_seconds": measured if steps else None,
+            "planner_seconds": job.planner_seconds,
+            "peak_memory_bytes": list(memory),
+        }
+        (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"results: {self.folder}", flush=True)
+
+    def _say_evaluation(self, job: "Job", evaluation: dict[str, float]) -> None:
+        held_out = job.material.held_out
+        text = "".join(f"  {name} {value:.4f}" for name, value in evaluation.items())
+        print(f"held out ({len(held_out)} samples){text}")
+        share = _majority(held_out)
+        if share is not None:
+            print(f"the most frequent label alone would be right for {share:.4f} of them")
+
+
+def _majority(data: Any) -> float | None:
+    """The share of the most frequent label, if the data set has integer labels."""
+    import torch
+
+    from gpp.runtime.data import majority_share
+
+    if "label" not in data.keys:
+        return None
+    labels = data.read(range(len(data)), ("label",))["label"]
+    return (
+        None
+        if labels.dtype.is_floating_point or labels.dim() != 1
+        else majority_share(labels.to(torch.int64))
+    )
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def _device_memory(job: "Job", base: int) -> int:
+    """Peak bytes of the device: CUDA's allocator, or resident memory above what was there before training.
+
+    Ranks that are threads share one process, and each reports the whole.
+    """
+    import torch
+
+    if job.material.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(job.material.device))
+    return _peak_memory() - base
+
+
+if __name__ == "__main__":
+    launch(train, "config")
