@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpp.capture.capture import Captured, capture
 from gpp.capture.export import EXAMPLES
-from gpp.capture.weights import build_plain
+from gpp.capture.weights import Initialised, build_plain
 from gpp.cost import Roofline
 from gpp.plan import Plan, Policy, check_plan
 from gpp.planner.estimate import Group, Problem, assemble
@@ -70,9 +71,15 @@ class Ready:
         )
 
 
+@cache
+def captured_model(model: type[nn.Module], dtype: torch.dtype) -> tuple[Initialised, Captured]:
+    """Several cases cut the same model."""
+    built = build_plain(lambda: model().to(dtype), seed=1)
+    return built, capture(built.model, batch(built.model, EXAMPLES, 0, dtype), seed=5)
+
+
 def prepare(case: Case) -> Ready:
-    built = build_plain(lambda: case.model().to(case.dtype), seed=1)
-    captured = capture(built.model, batch(built.model, EXAMPLES, 0, case.dtype), seed=5)
+    built, captured = captured_model(case.model, case.dtype)
     names = [*dict(built.model.named_parameters()), *dict(built.model.named_buffers())]
     plan = make_plan(case, captured)
     evaluation = mode_plan(plan, captured.traced.evaluate)
