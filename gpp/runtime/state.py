@@ -18,6 +18,9 @@ from .reduce import ordered_sum, slot_sum
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
+ABSENT = -1.0  # in place of the norm of a gradient that a rank does not have
+
+
 @dataclass(frozen=True)
 class Clipping:
     """Clip by the global norm: `max_norm`, over all parameters in the order of `names` (the model's own)."""
@@ -86,13 +89,13 @@ class StageState:
         """Every rank's norms, each parameter's once: replicas and tied copies have the same gradient."""
         assert self.clipping is not None
         mine = self.norms()
-        slots = [mine.get(name, -1.0) for name in self.clipping.names]
+        slots = [mine.get(name, ABSENT) for name in self.clipping.names]
         gathered = slot_sum(comm, group, slots)
-        self._norms = {
-            name: max(row[i] for row in gathered)
-            for i, name in enumerate(self.clipping.names)
-            if any(row[i] >= 0 or row[i] != row[i] for row in gathered)
-        }
+        self._norms = {}
+        for name, column in zip(self.clipping.names, zip(*gathered, strict=True), strict=True):
+            owned = [norm for norm in column if norm != ABSENT]  # not a number counts: it must not be hidden
+            if owned:
+                self._norms[name] = owned[0]
 
     def update(self) -> float | None:
         """Clip, step, and clear the gradients. Returns the global norm if it was asked for."""
