@@ -49,7 +49,7 @@ def _summary(plan: Plan) -> list[str]:
             f"{plan.mini_batch / plan.estimate:.4g} samples/s"
         )
         if plan.lower_bound:
-            gap = plan.estimate / plan.lower_bound - 1
+            gap = max(plan.estimate / plan.lower_bound - 1, 0.0)
             line += f"; no plan is faster than {readable_seconds(plan.lower_bound)} (gap {gap:.1%})"
         lines.append(line)
     return lines

@@ -85,9 +85,7 @@ def chain(count: int) -> dict[str, str]:
 
 def towers(branches: int, layers: int) -> dict[str, str]:
     """Parents of equal branches "t0.l0" ... that a "join" ends."""
-    parents = {
-        f"t{b}.l{i}": f"t{b}.l{i - 1}" if i else "" for b in range(branches) for i in range(layers)
-    }
+    parents = {f"t{b}.l{i}": f"t{b}.l{i - 1}" if i else "" for b in range(branches) for i in range(layers)}
     return parents | {"join": " ".join(f"t{b}.l{layers - 1}" for b in range(branches))}
 
 
@@ -96,9 +94,7 @@ def parent_lists(draw: st.DrawFn, *, max_operators: int = 12) -> list[list[int]]
     """Any directed acyclic graph: several sources and sinks, skip edges, loose operators."""
     count = draw(st.integers(1, max_operators))
     most = draw(st.sampled_from([1, 2, 4]))
-    return [
-        sorted(draw(st.sets(st.integers(0, i - 1), max_size=most))) if i else [] for i in range(count)
-    ]
+    return [sorted(draw(st.sets(st.integers(0, i - 1), max_size=most))) if i else [] for i in range(count)]
 
 
 @st.composite

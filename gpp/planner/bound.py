@@ -10,7 +10,6 @@ last pass. Three arguments, the largest counts:
   parameter to v, all pieces of v's work must be done, and a gradient must travel back.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -55,7 +54,7 @@ def bound(
 
     reduce = np.array([[_all_reduce(size, int(d), topology) for size in trainable] for d in degrees])
     alone = (compute + reduce + update).min(0)
-    way = _there_and_back(graph, calls.min(0), update) + compute.min(0)
+    way = _there_and_back(graph, calls.sum(1).min(0), update) + compute.min(0)
     best = [
         (work, "work"),
         (float(alone.max()), f"operator {graph.operators[int(alone.argmax())].name}"),
@@ -69,17 +68,16 @@ def _all_reduce(size: int, devices: int, topology: DeviceTopology) -> float:
     return min(all_reduce_seconds(size, devices, link) for link in links)
 
 
-def _there_and_back(graph: ComputationGraph, calls: Array, update: Sequence[float] | Array) -> Array:
+def _there_and_back(graph: ComputationGraph, piece: Array, update: Array) -> Array:
     """For every operator the most that must happen, in a row, before its first and after its last piece: the
-    path from some parameter to it and the gradient's way back. `calls` are [pass, operator] for one piece.
-    -inf where no gradient flows from it to a parameter of another operator."""
-    forward, back_input, back_weight = calls
+    path from some parameter to it, the gradient's way back and the parameter's update. `piece` are seconds of
+    all passes of one piece. -inf where no gradient flows from it to a parameter of another operator."""
     before = np.full(len(graph.operators), -np.inf)
     for (u, v), tensors in graph.edges.items():
         flows = any(t.needs_grad for t in tensors) and takes_part_in_backward(graph, graph.operators[v])
         if not flows:
             continue
-        before[v] = max(before[v], before[u] + forward[u] + back_input[u])
+        before[v] = max(before[v], before[u] + piece[u])
         if any(p.trainable for p in graph.operators[u].parameters):
-            before[v] = max(before[v], forward[u] + back_weight[u] + update[u])
+            before[v] = max(before[v], piece[u] + update[u])
     return before

@@ -7,9 +7,9 @@ no dimension of it.
 
 The space: a stage is an interval of the leaf order. Inside a block it belongs to one branch, or is a run of
 whole branches. One stage may leave the block: it holds the end of a branch and all later branches, and may go
-on after the block. One stage may enter it: it may begin before the block and holds the head of a branch and
-all branches before, where the branch it enters comes before the one that is left. So neither a join nor a fork
-needs a device of its own.
+on after the block. One stage may enter it: it may begin before the block and holds the head of a branch
+and all branches before, where the branch it enters comes before the one that is left. So neither a join nor
+a fork needs a device of its own.
 """
 
 from collections.abc import Callable, Iterator

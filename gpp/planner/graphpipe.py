@@ -34,15 +34,17 @@ CLOSE = 1e-6  # step times this close are ties
 
 @dataclass(frozen=True, slots=True)
 class _Charge:
-    """How warily memory is charged, see `Charge`, and what part of a device's memory may be used."""
+    """How warily memory is charged, see `Charge`, and what part of a device's memory may be charged."""
 
     margin: int
     wary: bool
     part: float
 
 
-# first as most plans come out, last so that none comes out larger than charged
+# first as most plans come out, then so that none comes out larger than charged
 CHARGES = (_Charge(0, False, 1.0), _Charge(1, False, 1 - 1e-9), _Charge(1 << 20, True, 1 - 1e-9))
+# what the tree puts in a row may be side by side, and hold less than charged: these plans may fit after all
+HOPES = (_Charge(0, False, 1.5), _Charge(0, False, float("inf")))
 
 
 def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
@@ -121,20 +123,21 @@ class _Search:
 
     def in_memory(self, chain: Chain, intervals: Intervals) -> list[_Candidate]:
         """The plan with the least bottleneck and of those with the fewest samples in flight."""
-        for charge in CHARGES:
+        for charge in (*CHARGES, *HOPES):
             search = self.search(chain, intervals, charge)
             answer = search.answer(self.memory * charge.part)
-            if answer is None:
-                break
-            plan = self.assembled(answer, intervals.micro_batch)
-            if peak_memory(plan) <= self.memory:
-                return [_Candidate(plan, answer, search)]
+            if answer is not None:
+                plan = self.assembled(answer, intervals.micro_batch)
+                if peak_memory(plan) <= self.memory:
+                    return [_Candidate(plan, answer, search)]
         return []
 
     def leaner(self, candidate: _Candidate) -> list[_Candidate]:
-        """The plan with the least memory of those with the same bottleneck."""
+        """The plan with the least memory of those with the same bottleneck, if it is another one."""
         search = candidate.search
         answer = search.leaner(candidate.answer)
+        if answer == candidate.answer:
+            return []
         plan = self.assembled(answer, search.intervals.micro_batch)
         return [_Candidate(plan, answer, search)] if peak_memory(plan) <= self.memory else []
 
@@ -152,26 +155,37 @@ class _Search:
         return assemble(self.problem, groups, micro_batch, NAME)
 
     def shortage(self) -> str:
-        """Why nothing fits, at the smallest micro-batch size."""
-        size = self.problem.options.micro_batches[0]
-        intervals = self.costs.table(size)
-        run, least = self.search(self.tree, intervals, CHARGES[0]).heaviest_run()
-        have = f"a device of cluster {self.problem.topology.name} has {self.memory / 2**20:.1f} MiB"
-        if least > self.memory:
-            operators = self.outline.operators(run, run + 1)
-            name = self.problem.graph.operators[operators[0]].name
-            what = f"operator {name}" + (f" with the {len(operators) - 1} after it" if operators[1:] else "")
+        """Why nothing fits: the operator that is too large, or about how much the whole model is short of."""
+        sizes = self.problem.options.micro_batches
+        tables = [self.costs.table(size) for size in sorted({sizes[0], sizes[-1]})]
+        # a small micro-batch leaves less in flight, a large one may be split over more replicas
+        runs = [(self.search(self.tree, table, CHARGES[0]).heaviest_run(), table) for table in tables]
+        (run, least), table = min(runs, key=lambda pair: pair[0][1])
+        need = least
+        if least <= self.memory:
+            need, table = min(((self.need(t), t) for t in tables), key=lambda pair: pair[0])
+        has = f"a device of cluster {self.problem.topology.name} has {self.memory / 2**20:.1f} MiB"
+        needs = f"needs about {need / 2**20:.1f} MiB at micro-batch {table.micro_batch}, {has}"
+        less = "train.micro_batch" if len(sizes) == 1 and sizes[0] > 1 else "train.mini_batch"
+        if least <= self.memory:
+            count = f"{self.devices} device{'s' if self.devices > 1 else ''}"
             return (
-                f"{what} needs {least / 2**20:.1f} MiB by itself at micro-batch {size}, {have}; use devices "
-                "with more memory, a smaller train.micro_batch or an optimizer with less state"
+                f"the model does not fit {count}: the fullest {needs}; use more devices, devices with more "
+                f"memory or a smaller {less}"
             )
+        operators = self.outline.operators(run, run + 1)
+        name = self.problem.graph.operators[operators[0]].name
+        others = f" with the {len(operators) - 1} after it" if operators[1:] else ""
+        return (
+            f"operator {name}{others} by itself {needs}; use devices with more memory, a smaller {less} or "
+            "an optimizer with less state"
+        )
+
+    def need(self, table: Intervals) -> float:
+        """About the least memory of a device with which there is a plan."""
         need = 0.0
         for charge in CHARGES:
             if need <= self.memory:
-                both = [self.search(chain, intervals, charge) for chain in (self.tree, self.leaves)]
+                both = [self.search(chain, table, charge) for chain in (self.tree, self.leaves)]
                 need = min(search.smallest() for search in both)
-        devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
-        return (
-            f"the model does not fit {devices}: at micro-batch {size} the fullest needs about "
-            f"{need / 2**20:.1f} MiB, {have}; use more devices or a smaller train.micro_batch"
-        )
+        return need

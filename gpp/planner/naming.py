@@ -34,10 +34,12 @@ def _name(operators: Sequence[str], sizes: Counter[str]) -> str:
     modules = [
         next((path for path in _paths(name) if inside[path] == sizes[path]), name) for name in operators
     ]
-    name, last = modules[0], modules[-1]
-    if name != last:
-        head, tail = name.split("."), last.split(".")
-        same = [a == b for a, b in zip(head, tail[:-1], strict=False)]
-        common = same.index(False) if False in same else len(same)
-        name = f"{name}…{'.'.join(tail[common:])}"
-    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[1 - LONGEST // 2 :]}"
+    head, tail = modules[0].split("."), modules[-1].split(".")
+    if head == tail:
+        return modules[0]
+    same = [a == b for a, b in zip(head, tail[:-1], strict=False)]
+    tail = tail[same.index(False) if False in same else len(same) :]
+    for parts in (head, tail):  # what is too long loses its outer modules
+        while len(parts) > 1 and len(".".join(head)) + len(".".join(tail)) >= LONGEST:
+            del parts[0]
+    return f"{'.'.join(head)}…{'.'.join(tail)}"

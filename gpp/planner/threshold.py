@@ -113,8 +113,13 @@ class ThresholdSearch:
         )
 
     def heaviest_run(self) -> tuple[int, float]:
-        """The run that needs the most memory by itself, and how much: no plan needs less."""
-        each = np.min([np.diagonal(self._memory(d, 1), 1) for d in self.intervals.seconds], axis=0)
+        """The run that needs the most memory, and how much, messages left out: no plan needs less."""
+        table = self.intervals
+        samples = self.charge.held(1) * table.micro_batch
+        each = np.full(len(table.static) - 1, np.inf)
+        for degree, seconds in table.seconds.items():
+            need = np.diagonal(table.static + table.stash * samples / degree, 1)
+            each = np.minimum(each, np.where(np.isfinite(np.diagonal(seconds, 1)), need, np.inf))
         return int(each.argmax()), float(each.max())
 
     def smallest(self) -> float:

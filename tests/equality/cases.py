@@ -69,6 +69,7 @@ CASES = (
         replicas=(1, 1, 1, 1, 2), exact=False,
     ),
     Case("fan-out-spread", models.FanOut, (("a",), ("b",), ("c", "d"), ("",))),
+    Case("fan-out-four", models.FanOut, _FOUR),
     Case("skip", models.Skip, (("a",), ("b",), ("",))),
     Case("unbalanced", models.Unbalanced, (("a",), ("b.0", "b.1"), ("b.2",), ("",))),
     Case("integer-edge", models.IntegerEdge, (("a",), ("b",), ("",))),
