@@ -1,7 +1,8 @@
 """A multi-modal transformer: one branch of transformer layers per modality, joined by a small head.
 
-The paper's MMT (GraphPipe §7.1 and appendix): four branches of eight layers, hidden size 1024, 16 heads,
-feed-forward size 4096, sequences of 256. A plain module: nothing in it knows of pipelines.
+The paper's MMT (GraphPipe §7.1, A.2) has four branches of eight layers, hidden size 1024, 16 heads,
+feed-forward size 4096 and sequences of 256; where search times are compared, two branches. A plain module:
+nothing in it knows of pipelines.
 """
 
 from collections.abc import Iterable, Mapping
@@ -55,9 +56,9 @@ class TransformerLayer(nn.Module):
 class TokenEmbedding(nn.Module):
     """Tokens (samples, sequence) to (samples, sequence, hidden): what they are, where, and in what company.
 
-    With `trigrams` > 0 each token also looks up itself and its next two in a table of that many rows. Trigrams
-    share rows by their remainder, so a prime number of rows spreads them best. Bytes tell little alone: this
-    spares the layers from learning spelling first.
+    With `trigrams` > 0 each token is also looked up together with the next two, in a table of that many rows
+    that trigrams share by remainder (a prime number spreads them best). A byte alone says little: this spares
+    the layers from learning to spell.
     """
 
     def __init__(self, sequence: int, hidden: int, vocabulary: int, trigrams: int) -> None:
@@ -71,24 +72,24 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class."""
-        x = self.token(tokens) + self.position
+        x: Tensor = self.token(tokens) + self.position
         if self.trigram is None:
             return x
-        second, third = (functional.pad(tokens[:, i:], (0, i), value=PADDING) for i in (1, 2))
-        number = (tokens * self.vocabulary + second) * self.vocabulary + third
-        return x + self.trigram(number % self.trigram.num_embeddings)
+        padded = functional.pad(tokens, (0, 2), value=PADDING)
+        number = (tokens * self.vocabulary + padded[:, 1:-1]) * self.vocabulary + padded[:, 2:]
+        result: Tensor = x + self.trigram(number % self.trigram.num_embeddings)
+        return result
 
 
 class Branch(nn.Module):
-    """One modality: tokens (samples, sequence) to the mean of their encodings, (samples, hidden)."""
+    """One modality: tokens (samples, sequence) to (samples, hidden), from the mean of their encodings."""
 
-    def __init__(
-        self, embedding: TokenEmbedding, layers: Iterable[TransformerLayer], norm: nn.LayerNorm
-    ) -> None:
+    def __init__(self, embedding: TokenEmbedding, layers: Iterable[TransformerLayer], hidden: int) -> None:
         super().__init__()
         self.embedding = embedding
         self.layers = nn.ModuleList(layers)
-        self.norm = norm
+        self.norm = nn.LayerNorm(hidden)
+        self.out = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Padding is a token like others to the attention, and left out of the mean."""
@@ -96,14 +97,16 @@ class Branch(nn.Module):
         for layer in self.layers:
             x = layer(x)
         present = (tokens != PADDING).to(x.dtype).unsqueeze(-1)
-        total: Tensor = (self.norm(x) * present).sum(1)
-        return total / present.sum(1).clamp(min=1)
+        mean = (x * present).sum(1) / present.sum(1).clamp(min=1)
+        result: Tensor = self.out(self.norm(mean))
+        return result
 
 
 class MultiModalTransformer(nn.Module):
-    """Classifies functions of a program by four sequences of tokens, one per modality.
+    """Classifies functions of a program by up to four sequences of tokens, one per modality.
 
-    `sequences` gives the length of each. Raises ValueError if one is missing or unknown.
+    `sequences` gives the modalities' lengths: which of name, signature, docstring and body there are, and a
+    branch for each. Raises ValueError if another is named, or none.
     """
 
     modalities = ("name", "signature", "docstring", "body")
@@ -122,34 +125,43 @@ class MultiModalTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if sorted(sequences) != sorted(self.modalities):
+        if not sequences or not set(sequences) <= set(self.modalities):
             raise ValueError(
-                f"sequences must give the lengths of {', '.join(self.modalities)}; "
-                f"it gives those of {', '.join(sequences) or 'none'}"
+                f"sequences must give lengths of some of {', '.join(self.modalities)}; "
+                f"it names {', '.join(sequences) or 'none'}"
             )
         self.branches = nn.ModuleDict(
             {
                 modality: Branch(
                     TokenEmbedding(sequences[modality], hidden, vocabulary, trigrams),
                     [TransformerLayer(hidden, heads, ffn, dropout) for _ in range(layers)],
-                    nn.LayerNorm(hidden),
+                    hidden,
                 )
                 for modality in self.modalities
+                if modality in sequences
             }
         )
-        self.head = nn.Sequential(
-            nn.Linear(len(self.branches) * hidden, hidden), nn.GELU(), nn.Linear(hidden, classes)
-        )
+        self.head = nn.Linear(len(self.branches) * hidden, classes)
 
     def forward(
-        self, name: Tensor, signature: Tensor, docstring: Tensor, body: Tensor, label: Tensor
+        self,
+        name: Tensor | None = None,
+        signature: Tensor | None = None,
+        docstring: Tensor | None = None,
+        body: Tensor | None = None,
+        *,
+        label: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross entropy and the accuracy, means over the samples.
 
-        Each modality is an int64 tensor (samples, its sequence length), `label` one of (samples,).
+        Each modality is an int64 tensor (samples, its sequence length), `label` one of (samples,). Raises
+        ValueError unless the modalities given are those that have a branch.
         """
-        sequences = (name, signature, docstring, body)
-        encoded = [branch(x) for branch, x in zip(self.branches.values(), sequences, strict=True)]
+        sequences = {"name": name, "signature": signature, "docstring": docstring, "body": body}
+        given = {modality: tokens for modality, tokens in sequences.items() if tokens is not None}
+        if list(given) != list(self.branches):
+            raise ValueError(f"the branches are {', '.join(self.branches)}; given are {', '.join(given)}")
+        encoded = [self.branches[modality](tokens) for modality, tokens in given.items()]
         logits = self.head(torch.cat(encoded, dim=-1))
         accuracy = (logits.argmax(-1) == label).to(logits.dtype).mean()
         return functional.cross_entropy(logits, label), {"accuracy": accuracy}

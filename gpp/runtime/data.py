@@ -1,9 +1,10 @@
 """What a data set is, which samples are held out, and which of them a step reads.
 
-Everything is a function of seed and index: any rank finds the samples of any step by itself, on every platform
-the same, and a run continues at a step without replaying those before. Samples are counted from 0.
+Everything is a function of seed and index: any rank finds the samples of any step by itself, the same on
+every platform, and a run continues at a step without replaying those before. Samples count from 0.
 """
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,7 +129,8 @@ def hold_out(length: int, seed: int, fraction: float = 0.1) -> Split:
     """
     if not 0 <= fraction < 1 or length < 1:
         raise DataError(
-            f"a split needs samples and a held-out fraction in [0, 1), there are {length} samples and {fraction}"
+            f"a split needs samples and a held-out fraction in [0, 1): there are {length} samples, "
+            f"the fraction is {fraction}"
         )
     ranked = np.argsort(_random(length, seed, _HOLD_OUT), kind="stable")
     count = int(length * fraction)
@@ -150,6 +152,14 @@ def checked(indices: Sequence[int], length: int, keys: Sequence[str], known: Seq
     if outside.size:
         raise DataError(f"the data set has no sample {outside[0]}: it has {length}, counted from 0")
     return rows
+
+
+def unreadable(what: str, error: Exception) -> DataError:
+    """The error of a data set's own code as one message: which samples, what happened, in which file."""
+    reason = f"{type(error).__name__}: {error}"
+    trace = traceback.extract_tb(error.__traceback__)
+    place = f" ({trace[-1].filename}:{trace[-1].lineno})" if trace else ""
+    return DataError(f"{what} cannot be read: {reason}{place}")
 
 
 def _random(length: int, *entropy: int) -> NDArray[np.uint64]:

@@ -1,11 +1,12 @@
 """Functions of Python's own standard library as a data set: four modalities of bytes and a label.
 
-Real data without a download: every interpreter brings it. A sample is a function or method; its modalities are
-the texts of its name, signature, docstring and body, its label is the top-level module or package that it comes
-from. The module's name is no input, and samples that look the same appear once.
+Real data without a download: every interpreter brings it. A sample is a function or method; its modalities
+are the texts of its name, signature, docstring and body, its label is the top-level module or package that
+it is from. The module's name is no input, and samples of a module that look the same appear once.
 """
 
 import ast
+import hashlib
 import os
 import re
 import sys
@@ -33,27 +34,28 @@ _MODALITIES = ("name", "signature", "docstring", "body")
 class StdlibFunctions:
     """The functions of the `classes` modules that have most of them.
 
-    `read` gives int64 tensors: each modality of shape (n, its bound in bytes), cut or padded with 0, and `label`
-    of shape (n,), a position in `modules`. Built once per interpreter and bounds, then read from the cache in
-    the user's cache folder; a cache that cannot be written costs time, nothing else.
+    `read` gives int64 tensors: each modality of shape (n, its bound in bytes), cut or padded with 0, and
+    `label` of shape (n,), a position in `modules`. Built once per interpreter and bounds, then read from the
+    user's cache folder; a cache that cannot be written costs time, nothing else.
 
-    Raises DataError if the interpreter has no library sources or fewer modules than classes.
+    Raises DataError for a bound below 1, and if the interpreter has fewer modules' sources than `classes`.
     """
 
     keys = (*_MODALITIES, "label")
 
     def __init__(
-        self, *, classes: int = 16, name: int = 32, signature: int = 64, docstring: int = 128, body: int = 192
+        self, *, classes: int = 16, name: int = 64, signature: int = 64, docstring: int = 64, body: int = 64
     ) -> None:
         bounds = {"name": name, "signature": signature, "docstring": docstring, "body": body}
         for key, bound in {"classes": classes, **bounds}.items():
             if bound < 1:
                 raise DataError(f"{key} of the stdlib data set must be at least 1, it is {bound}")
-        path = _cache_path(classes, bounds)
-        arrays = _load(path)
+        library = Path(sysconfig.get_paths()["stdlib"])
+        cache = _cache_path(library, classes, bounds)
+        arrays = _load(cache)
         if arrays is None:
-            arrays = build(Path(sysconfig.get_paths()["stdlib"]), classes, bounds)
-            _store(path, arrays)
+            arrays = build(library, classes, bounds)
+            _store(cache, arrays)
         self.modules: tuple[str, ...] = tuple(arrays.pop("modules").tolist())
         self._columns = {key: torch.from_numpy(array) for key, array in arrays.items()}
 
@@ -69,8 +71,8 @@ class StdlibFunctions:
 def build(library: Path, classes: int, bounds: Mapping[str, int]) -> dict[str, NDArray[np.generic]]:
     """Read the sources below `library`: a uint8 array (samples, bound) per modality, `label` and `modules`.
 
-    Files are parsed module by module, from the one with most lines that start a definition: no module has more
-    functions than that, so the rest is left out once enough are larger.
+    Modules are parsed in the order of how many lines of theirs start a definition. None has more functions
+    than that, so the rest need no parsing once enough modules have more.
     """
     files = _files(library)
     most = Counter({module: sum(map(_count, paths)) for module, paths in files.items()})
@@ -110,18 +112,12 @@ def functions(source: bytes) -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
         return
     lines = source.splitlines()
     for node in _definitions(tree.body):
-        first, statements = node.body[0], node.body
-        header = _between(lines, (node.lineno, node.col_offset), (first.lineno, first.col_offset))
-        signature = header.partition(b"def")[2].strip()[len(node.name) :].removesuffix(b":")
-        docstring = (ast.get_docstring(node) or "").encode(errors="replace")
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and docstring:
-            statements = node.body[1:]
-        body = b""
-        if statements:
-            start, last = statements[0], statements[-1]
-            stop = (last.end_lineno or last.lineno, last.end_col_offset or 0)
-            body = _between(lines, (start.lineno, start.col_offset), stop, indent=start.col_offset)
-        yield node.name.encode(), signature, docstring, body
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        signature = ast.unparse(node.args) + returns
+        docstring = ast.get_docstring(node)
+        statements = node.body if docstring is None else node.body[1:]
+        body = _text(lines, statements[0], statements[-1]) if statements else b""
+        yield node.name.encode(), _encoded(signature), _encoded(docstring or ""), body
 
 
 def _definitions(statements: Sequence[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -133,11 +129,18 @@ def _definitions(statements: Sequence[ast.stmt]) -> Iterator[ast.FunctionDef | a
                 yield from _definitions(getattr(node, block, ()))
 
 
-def _between(lines: Sequence[bytes], start: tuple[int, int], stop: tuple[int, int], indent: int = 0) -> bytes:
-    """Source from `start` to `stop` (line from 1, byte), the following lines less `indent` blanks."""
-    part = [*lines[start[0] - 1 : stop[0] - 1], lines[stop[0] - 1][: stop[1]]]
-    part[0] = part[0][start[1] :]
+def _text(lines: Sequence[bytes], first: ast.stmt, last: ast.stmt) -> bytes:
+    """The source of neighbouring statements, less the indentation of the first."""
+    assert last.end_lineno is not None and last.end_col_offset is not None
+    indent = first.col_offset
+    part = list(lines[first.lineno - 1 : last.end_lineno])
+    part[-1] = part[-1][: last.end_col_offset]
+    part[0] = part[0][indent:]
     return b"\n".join([part[0], *(b[indent:] if b[:indent].isspace() else b for b in part[1:])])
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="replace")
 
 
 def _files(library: Path) -> dict[str, list[Path]]:
@@ -155,11 +158,10 @@ def _count(path: Path) -> int:
     return len(_DEFINITION.findall(path.read_bytes()))
 
 
-def _cache_path(classes: int, bounds: Mapping[str, int]) -> Path:
+def _cache_path(library: Path, classes: int, bounds: Mapping[str, int]) -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    version = ".".join(map(str, sys.version_info[:3]))
-    sizes = "-".join(map(str, bounds.values()))
-    return Path(home, "gpp", f"stdlib-{FORMAT}-{sys.implementation.name}-{version}-{classes}-{sizes}.npz")
+    key = f"{FORMAT} {sys.version} {library} {classes} {dict(bounds)}"
+    return Path(home, "gpp", f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz")
 
 
 def _load(path: Path) -> dict[str, NDArray[np.generic]] | None:
@@ -171,12 +173,15 @@ def _load(path: Path) -> dict[str, NDArray[np.generic]] | None:
 
 
 def _store(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Written aside and renamed, so that processes starting together never read half a file."""
+    """Written aside and renamed: of processes that start together none reads half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(aside, path)
     except OSError:
-        return  # a read-only home, a full disk
+        return  # a home that is read-only or missing
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(aside, path)
+    except OSError:  # a full disk
+        Path(aside).unlink(missing_ok=True)
