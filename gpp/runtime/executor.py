@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpp.plan import Plan
-from gpp.program.stage import ForwardResult, Port, StageFunctions, StageProgram, TermSum, ValueSpec
+from gpp.program.stage import ForwardResult, StageFunctions, StageProgram, TermSum, ValueSpec
 from gpp.schedule.lower import returns_gradient
 from gpp.schedule.task import (
     Compute,
@@ -33,7 +33,7 @@ from gpp.schedule.task import (
 )
 from gpp.trace import Activity, Span
 
-from .buffers import Message, ReceiveChannel, Ring, SendChannel
+from .channels import Channels, Held, joined, port_of
 from .communicator import Communicator
 from .reduce import slot_sum
 from .results import local_weight
@@ -49,15 +49,6 @@ class StepOutcome:
 
     terms: Mapping[str, list[tuple[int, int, float]]]
     norm: float | None
-
-
-@dataclass
-class _Held:
-    """A message whose slot is in use by some samples."""
-
-    samples: Samples
-    message: Message
-    channel: ReceiveChannel
 
 
 class Executor:
@@ -86,25 +77,8 @@ class Executor:
         self.functions = _functions(program, schedule)
         self.pieces = pieces_of(schedule, comm.rank)
         self._rows = _row_offsets(self.pieces)
-        self._rings = _rings(comm, schedule, self.functions, device) if self.functions else {}
-        self._receivers: dict[tuple[int, Direction, int], ReceiveChannel] = {}
-        self._senders: dict[tuple[int, Direction, int], SendChannel] = {}
+        self.channels = Channels(comm, schedule, self.functions)
         self.spans: list[Span] = []
-
-    def open(self, steps: int) -> None:
-        """Post the first receives of a stretch of `steps` steps."""
-        for (edge, way, source, target), (ring, counts) in self._rings.items():
-            if source == self.comm.rank:
-                self._senders[edge, way, target] = SendChannel(ring, counts)
-            else:
-                self._receivers[edge, way, source] = ReceiveChannel(ring, counts, len(counts) * steps)
-
-    def close(self) -> None:
-        """Wait for what is still on its way out."""
-        for sender in self._senders.values():
-            sender.flush()
-        for receiver in self._receivers.values():
-            receiver.close()
 
     def run(self, step: int, batch: Batch, *, record: bool = False) -> StepOutcome:
         """Run the program once. `step` keys random numbers; `batch` holds this rank's rows."""
@@ -126,9 +100,9 @@ class _Step:
         self.spans = spans
         self.terms: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
         self.norm: float | None = None
-        self.held: dict[tuple[int, Direction], list[_Held]] = defaultdict(list)
-        self.stash: dict[Samples, tuple[list[Tensor], list[_Held]]] = {}
-        self.used: list[_Held] = []  # slots to give back after the sends of this pass
+        self.held: dict[tuple[int, Direction], list[Held]] = defaultdict(list)
+        self.stash: dict[Samples, tuple[list[Tensor], list[Held]]] = {}
+        self.used: list[Held] = []  # slots to give back after the sends of this pass
         self.outputs: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.piece = Samples(0, 1)
@@ -137,7 +111,7 @@ class _Step:
 
     def execute(self, instruction: Compute | Send | Receive | Reduce | Update | Report) -> None:
         if self.used and not isinstance(instruction, Send):
-            # the sends behind a pass may still read views of its buffers; then they are free (the checker's rule)
+            # the sends behind a pass may still read views of its buffers, the checker reckons so too
             self.release(self.used)
             self.used = []
         match instruction:
@@ -165,20 +139,19 @@ class _Step:
         return _Timer(self, activity, label, what)
 
     def receive(self, transfer: Transfer) -> None:
-        channel = self.owner._receivers[transfer.edge, transfer.direction, transfer.source]
-        message = channel.next()
-        self.held[transfer.edge, transfer.direction].append(_Held(transfer.samples, message, channel))
+        held = self.owner.channels.receive(transfer)
+        self.held[transfer.edge, transfer.direction].append(held)
 
     def send(self, transfer: Transfer) -> None:
-        channel = self.owner._senders[transfer.edge, transfer.direction, transfer.target]
         functions = self.owner.functions
         assert functions is not None
         gradient = transfer.direction is Direction.GRADIENT
-        port = _port(functions.receives if gradient else functions.sends, transfer.edge)
+        port = port_of(functions.receives if gradient else functions.sends, transfer.edge)
         values = self.gradients if gradient else self.outputs
         start = transfer.samples.start - self.piece.start
         rows = slice(start, start + len(transfer.samples))
-        channel.send([values[v.name][rows] for v in port.values if v.needs_grad or not gradient])
+        carried = [values[v.name][rows] for v in port.values if v.needs_grad or not gradient]
+        self.owner.channels.send(transfer, carried)
 
     def compute(self, task: Task) -> None:
         self.piece = task.samples
@@ -199,10 +172,10 @@ class _Step:
         functions, state = owner.functions, owner.state
         assert functions is not None and state is not None
         received: dict[str, Tensor] = {}
-        kept: list[_Held] = []
+        kept: list[Held] = []
         for port in functions.receives:
             parts = self.take(port.edge, Direction.ACTIVATION, task.samples)
-            received |= dict(zip((v.name for v in port.values), _joined(parts), strict=True))
+            received |= dict(zip((v.name for v in port.values), joined(parts, owner.device), strict=True))
             kept += parts
         inputs = [received[v.name] for v in functions.inputs]
         inputs += [self.rows(key, task.samples) for key in functions.batch_keys]
@@ -223,14 +196,14 @@ class _Step:
         functions, state = owner.functions, owner.state
         assert functions is not None and state is not None
         arrived: dict[str, list[Tensor]] = defaultdict(list)
-        used: list[_Held] = []
+        used: list[Held] = []
         # eager autograd sums the uses of a value from the last to the first
         for port in reversed(functions.sends):
             values = [v for v in port.values if v.needs_grad]
             if not returns_gradient(owner.plan.stage_graph, owner.plan.stage_graph.edges[port.edge]):
                 continue
             parts = self.take(port.edge, Direction.GRADIENT, task.samples)
-            for value, gradient in zip(values, _joined(parts), strict=True):
+            for value, gradient in zip(values, joined(parts, owner.device), strict=True):
                 arrived[value.name].append(gradient)
             used += parts
         size = len(task.samples)
@@ -243,7 +216,7 @@ class _Step:
         state.accumulate(run.backward_weight(state.arguments, list(back.stash)))
         self.used = [*kept, *used]
 
-    def take(self, edge: int, way: Direction, samples: Samples) -> list[_Held]:
+    def take(self, edge: int, way: Direction, samples: Samples) -> list[Held]:
         """The messages that make up `samples`, in order."""
         held = self.held[edge, way]
         parts = [h for h in held if h.samples.intersection(samples) is not None]
@@ -254,9 +227,9 @@ class _Step:
         start = self.owner._rows[samples]
         return self.batch[key][start : start + len(samples)]
 
-    def release(self, held: Sequence[_Held]) -> None:
+    def release(self, held: Sequence[Held]) -> None:
         for item in held:
-            item.channel.release(item.message)
+            item.release()
 
     def reduce(self, instruction: Reduce) -> None:
         owner = self.owner
@@ -334,35 +307,6 @@ def _row_offsets(pieces: Sequence[Samples]) -> dict[Samples, int]:
         offsets[piece] = start
         start += len(piece)
     return offsets
-
-
-def _rings(
-    comm: Communicator, schedule: Schedule, functions: StageFunctions, device: torch.device
-) -> dict[tuple[int, Direction, int, int], tuple[Ring, list[int]]]:
-    """A ring for every channel that ends at this rank, with the samples of its messages in order."""
-    counts: dict[tuple[int, Direction, int, int], list[int]] = defaultdict(list)
-    for instruction in schedule.programs[comm.rank]:
-        if isinstance(instruction, Send | Receive):
-            t = instruction.transfer
-            counts[t.edge, t.direction, t.source, t.target].append(len(t.samples))
-    rings = {}
-    for channel in schedule.channels:
-        key = (channel.edge, channel.direction, channel.source, channel.target)
-        if comm.rank in (channel.source, channel.target) and key in counts:
-            port = _port((*functions.receives, *functions.sends), channel.edge)
-            rings[key] = (Ring(comm, channel, port.values, counts[key], device), counts[key])
-    return rings
-
-
-def _port(ports: Sequence[Port], edge: int) -> Port:
-    return next(p for p in ports if p.edge == edge)
-
-
-def _joined(parts: Sequence[_Held]) -> list[Tensor]:
-    """Each value of the messages, one after the other; a single message is not copied."""
-    if len(parts) == 1:
-        return list(parts[0].message.views)
-    return [torch.cat(rows) for rows in zip(*(p.message.views for p in parts), strict=True)]
 
 
 def _sum(gradients: Sequence[Tensor], value: ValueSpec, size: int, device: torch.device) -> Tensor:

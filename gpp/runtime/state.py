@@ -70,7 +70,11 @@ class StageState:
 
     def reduce(self, comm: Communicator, group: tuple[int, ...], shared: int) -> None:
         """Sum the untied gradients (shared = -1) or one tied group's over `group`."""
-        ordered_sum(comm, group, self._flats[shared].memory)
+        memory = self._flats[shared].memory
+        host = memory.cpu()  # the same tensor on a CPU: messages lie in host memory
+        ordered_sum(comm, group, host)
+        if host is not memory:
+            memory.copy_(host)
 
     def scale(self, weight: float) -> None:
         """Divide the summed gradients by the loss weight."""

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass, field, replace
+from statistics import mean, median
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Measured:
         """The median step time, the first steps left out where there are enough."""
         usable = self.step_seconds[WARM_UP_STEPS:] or self.step_seconds
         return median(usable) if usable else float("nan")
+
+    @property
+    def recent(self) -> float:
+        """The mean time of the recorded steps, against which their spans are to be held."""
+        last = self.step_seconds[-TRACED_STEPS:]
+        return mean(last) if last else float("nan")
 
 
 class Trainer:
@@ -111,7 +117,7 @@ class Trainer:
         keys = runner.keys
         self.comm.barrier()
         self._zero = time.perf_counter()
-        runner.executor.open(stop - start)
+        runner.executor.channels.open(stop - start)
         with Prefetcher(dataset, keys, lambda step: batches.at(step)[rows], start, stop) as reader:
             before = time.perf_counter()
             for step in range(start, stop):
@@ -152,7 +158,7 @@ class Trainer:
             group = [b for b in batches if len(b) == size]
             runner = self._evaluate[size]
             rows = _positions(runner.executor)
-            runner.executor.open(len(group))
+            runner.executor.channels.open(len(group))
             reads = [[batch[i] for i in rows] for batch in group]
             with Prefetcher(dataset, runner.keys, reads.__getitem__, 0, len(group)) as reader:
                 for _ in group:
@@ -173,7 +179,7 @@ class Trainer:
             name="measured",
             ranks=self.comm.size,
             spans=tuple(sorted(spans, key=lambda s: (s.rank, s.start))),
-            step_seconds=self.measured.typical,
+            step_seconds=self.measured.recent,
             mini_batch=self.plan.mini_batch,
             stage_names=tuple(stage.name for stage in self.plan.stage_graph.stages),
         )
@@ -190,7 +196,7 @@ class _Runner:
         return functions.batch_keys if functions is not None and self.executor.pieces else ()
 
     def close(self) -> None:
-        self.executor.close()
+        self.executor.channels.close()
         self.reports.flush()
 
 
@@ -200,8 +206,6 @@ def _positions(executor: Executor) -> list[int]:
 
 
 def _shifted(span: Span, zero: float) -> Span:
-    from dataclasses import replace
-
     return replace(span, start=span.start - zero, stop=span.stop - zero)
 
 

@@ -163,7 +163,7 @@ def run_rank(ready: Ready, comm: Communicator, program: StageProgram | None) -> 
 
     executor, reports = runner(ready.plan, ready.lowered.train, train, 100)
     losses, metrics, norms = [], [], []
-    executor.open(STEPS)
+    executor.channels.open(STEPS)
     for step in range(STEPS):
         outcome = executor.run(step, rows(executor, ready.batches[step]))
         terms = reports.exchange(outcome)
@@ -171,16 +171,16 @@ def run_rank(ready: Ready, comm: Communicator, program: StageProgram | None) -> 
         if comm.rank == 0:
             losses.append(combine(train.loss, terms, case.mini_batch).mean)
             metrics.append({m.name: combine(m, terms, case.mini_batch).mean for m in train.metrics})
-    executor.close()
+    executor.channels.close()
     reports.flush()
     totals: dict[str, Total] = {}
     for i, (start, stop) in enumerate(ragged(case.mini_batch)):
         schedule = ready.lowered.evaluate[stop - start]
         executor, reports = runner(ready.evaluation, schedule, evaluate, 101 + i)
         part = {k: v[start:stop] for k, v in ready.held_out.items()}
-        executor.open(1)
+        executor.channels.open(1)
         terms = reports.exchange(executor.run(0, rows(executor, part)))
-        executor.close()
+        executor.channels.close()
         reports.flush()
         if comm.rank == 0:
             for result in (evaluate.loss, *evaluate.metrics):

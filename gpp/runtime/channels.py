@@ -1,0 +1,96 @@
+"""A rank's ends of all channels of one schedule: rings that outlive stretches of steps.
+
+Messages lie in host memory, whatever device computes.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpp.program.stage import Port, StageFunctions
+from gpp.schedule.task import Direction, Receive, Samples, Schedule, Send, Transfer
+
+from .buffers import Message, ReceiveChannel, Ring, SendChannel
+from .communicator import Communicator
+
+_Ends = tuple[int, Direction, int, int]  # edge, direction, source, target
+
+
+@dataclass(frozen=True)
+class Held:
+    """A message whose slot is in use by some samples."""
+
+    samples: Samples
+    message: Message
+    channel: ReceiveChannel
+
+    def release(self) -> None:
+        """Give the slot back."""
+        self.channel.release(self.message)
+
+
+class Channels:
+    """Opened for a stretch of steps, closed when the stretch is over, then opened again."""
+
+    def __init__(self, comm: Communicator, schedule: Schedule, functions: StageFunctions | None) -> None:
+        self._rank = comm.rank
+        self._rings = _rings(comm, schedule, functions) if functions is not None else {}
+        self._receivers: dict[tuple[int, Direction, int], ReceiveChannel] = {}
+        self._senders: dict[tuple[int, Direction, int], SendChannel] = {}
+
+    def open(self, steps: int) -> None:
+        """Post the first receives of a stretch of `steps` steps."""
+        for (edge, way, source, target), (ring, counts) in self._rings.items():
+            if source == self._rank:
+                self._senders[edge, way, target] = SendChannel(ring, counts)
+            else:
+                self._receivers[edge, way, source] = ReceiveChannel(ring, counts, len(counts) * steps)
+
+    def close(self) -> None:
+        """Wait for what is still on its way out."""
+        for sender in self._senders.values():
+            sender.flush()
+        for receiver in self._receivers.values():
+            receiver.close()
+
+    def receive(self, transfer: Transfer) -> Held:
+        """Wait for a message."""
+        channel = self._receivers[transfer.edge, transfer.direction, transfer.source]
+        return Held(transfer.samples, channel.next(), channel)
+
+    def send(self, transfer: Transfer, rows: Sequence[Tensor]) -> None:
+        """Copy the rows of each value into a slot and start sending it."""
+        self._senders[transfer.edge, transfer.direction, transfer.target].send(rows)
+
+
+def port_of(ports: Sequence[Port], edge: int) -> Port:
+    """The port of an edge."""
+    return next(p for p in ports if p.edge == edge)
+
+
+def joined(parts: Sequence[Held], device: torch.device) -> list[Tensor]:
+    """Each value of the messages, one after the other; a single message on the host is not copied."""
+    if len(parts) == 1:
+        return [view.to(device) for view in parts[0].message.views]
+    return [torch.cat(rows).to(device) for rows in zip(*(p.message.views for p in parts), strict=True)]
+
+
+def _rings(
+    comm: Communicator, schedule: Schedule, functions: StageFunctions
+) -> dict[_Ends, tuple[Ring, list[int]]]:
+    """A ring for every channel that ends at this rank, with the samples of its messages in order."""
+    counts: dict[_Ends, list[int]] = defaultdict(list)
+    for instruction in schedule.programs[comm.rank]:
+        if isinstance(instruction, Send | Receive):
+            t = instruction.transfer
+            counts[t.edge, t.direction, t.source, t.target].append(len(t.samples))
+    rings = {}
+    for channel in schedule.channels:
+        ends = (channel.edge, channel.direction, channel.source, channel.target)
+        if ends in counts:
+            port = port_of((*functions.receives, *functions.sends), channel.edge)
+            rings[ends] = (Ring(comm, channel, port.values, counts[ends]), counts[ends])
+    return rings
