@@ -43,9 +43,9 @@ class Prediction:
     trace: Trace
 
 
-def predicted(plan: Plan) -> Prediction:
-    """Simulate three training steps of the plan and read off what a user asks first."""
-    trace = simulate(plan)
+def predicted(plan: Plan, *, steps: int = 3) -> Prediction:
+    """Simulate training steps of the plan and read off what a user asks first."""
+    trace = simulate(plan, steps=steps)
     memory = [0.0] * len(plan.topology.devices)
     for index, stage in enumerate(plan.stage_graph.stages):
         for device in stage.devices:

@@ -4,23 +4,25 @@ Every rank captures by itself (what it gets is compared); rank 0 plans and broad
 does it once and is all ranks.
 """
 
+import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
 from time import perf_counter
-from typing import Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch._logging._internal import set_logs
 
 from gpp.capture.capture import Captured, capture
 from gpp.capture.export import EXAMPLES
 from gpp.capture.verify import verify
 from gpp.capture.weights import Initialised, build_plain, build_recorded
-from gpp.plan import Plan, PlanError, check_plan, plan_from_json, plan_to_json
-from gpp.planner import graphpipe
-from gpp.planner.options import Options
+from gpp.plan import Plan, plan_from_json, plan_to_json
 from gpp.program.build import Roots, build_stage, mode_plan
 from gpp.program.stage import StageProgram
 from gpp.runtime.agreement import same
@@ -31,21 +33,18 @@ from gpp.runtime.schedules import Schedules, call_sizes, schedules
 from gpp.runtime.state import Clipping, MakeOptimizer, StageState
 from gpp.schedule.check import check
 
-from .guard import together
+from .guard import TRACEBACK, together
 from .kernels import hooks
 from .objects import chosen, dataset, model_builder, optimizer_factor, optimizer_maker
+from .plans import Request, Subject, check_request, make_plan, replay
 from .settings import (
     SettingsError,
     TrainSettings,
     choice,
     configuration_digest,
-    costs,
     device_count,
-    policy,
-    topology,
     train_settings,
 )
-from .simulate import read_plan
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,10 @@ class Material:
     settings: TrainSettings
     initialised: Initialised
     captured: Captured
+    subject: Subject
     train_data: Dataset
     held_out: Dataset
+    batches: Batches
     make_optimizer: MakeOptimizer
     device: torch.device
 
@@ -69,7 +70,6 @@ class Job:
     plan: Plan
     evaluation: Plan
     lowered: Schedules
-    batches: Batches
     planner_seconds: float
 
     @property
@@ -91,54 +91,81 @@ def prepare(
     config: DictConfig, overrides: Sequence[str], comm: Communicator, *, alone: bool
 ) -> tuple[Job, int]:
     """The job, and the number of ranks; called by all ranks together. `alone`: one process is all ranks."""
+
     together(comm, lambda: same(comm, "configuration", configuration_digest(config)))
-    count = together(comm, lambda: device_count(config, None if alone else comm.size))
+
+    def ask() -> Request:
+        count = device_count(config, None if alone else comm.size)
+        request = Request(config, overrides, count, None if alone else comm.hosts)
+        check_request(request)
+        if OmegaConf.select(config, "profile") is not None:
+            raise SettingsError("profile= is for launch.plan: training needs the model itself")
+        if comm.rank == 0 and request.plan_path is not None:
+            replay(request, request.plan_path)  # before a long capture; other hosts need not see the file
+        return request
+
+    request = together(comm, ask)
     material = together(comm, lambda: gather(config, overrides))
-    graph = material.captured.graph
-    together(comm, lambda: same(comm, "captured model", graph.fingerprint()))
-    hosts = None if alone else comm.hosts
+    together(comm, lambda: same(comm, "captured model", material.subject.graph.fingerprint()))
 
     def make() -> tuple[str, float]:
         start = perf_counter()
-        plan = make_plan(config, material, count, hosts)
+        plan = make_plan(request, material.subject)
         return plan_to_json(plan), perf_counter() - start
 
     text, seconds = together(comm, lambda: comm.broadcast_object(make))
-    return together(comm, lambda: arrange(config, material, plan_from_json(text), seconds)), (
-        count if alone else comm.size
-    )
+    job = together(comm, lambda: arrange(material, plan_from_json(text), seconds))
+    return job, request.count if alone else comm.size
 
 
 def gather(config: DictConfig, overrides: Sequence[str]) -> Material:
     """Read settings, build model and data, capture, verify."""
     settings = train_settings(config)
     device = pick_device(config)
-    choice(config, "transport.name", ("auto", "host"))
+    make_optimizer = optimizer_maker(chosen(config, "optimizer", overrides))
+    factor = optimizer_factor(make_optimizer)
     build = model_builder(chosen(config, "model", overrides))
     initialised = (build_plain if settings.init == "plain" else build_recorded)(build, settings.seed)
     data = dataset(chosen(config, "data", overrides), initialised.model)
     if len(data) < EXAMPLES:
         raise SettingsError(f"the data set has {len(data)} samples, capture alone needs {EXAMPLES}")
     split = hold_out(len(data), settings.seed, settings.held_out)
-    make_optimizer = optimizer_maker(config.optimizer)
-    example = data.read(range(EXAMPLES), data.keys)
-    meta = any(p.is_meta for p in initialised.model.parameters())
-    captured = capture(
-        initialised.model,
-        {k: v.to("meta") for k, v in example.items()} if meta else example,
-        seed=settings.seed,
-    )
-    if settings.verify and not meta:
-        verify(initialised.model, example, captured)
+    train_data = Subset(data, split.train)
+    batches = Batches(len(train_data), settings.mini_batch, settings.seed)
+    with quiet_torch():
+        captured = _captured(initialised, data.read(range(EXAMPLES), data.keys), settings)
     return Material(
         settings,
         initialised,
         captured,
-        Subset(data, split.train),
+        Subject(captured.graph, captured.loss_coupled, factor),
+        train_data,
         Subset(data, split.held_out),
+        batches,
         make_optimizer,
         device,
     )
+
+
+def _captured(initialised: Initialised, example: dict[str, Tensor], settings: TrainSettings) -> Captured:
+    meta = any(p.is_meta for p in initialised.model.parameters())
+    batch = {k: v.to("meta") for k, v in example.items()} if meta else example
+    captured = capture(initialised.model, batch, seed=settings.seed)
+    if settings.verify and not meta:
+        verify(initialised.model, example, captured)
+    return captured
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """What torch prints about a model that it cannot export, our error says again in a line."""
+    if os.environ.get(TRACEBACK) or os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    set_logs(all=logging.CRITICAL)
+    with redirect_stderr(StringIO()) as said:
+        yield
+    sys.stderr.write(said.getvalue())  # of a model that can be: its own words
 
 
 def pick_device(config: DictConfig) -> torch.device:
@@ -155,73 +182,16 @@ def pick_device(config: DictConfig) -> torch.device:
     return torch.device("cuda", index)
 
 
-def make_plan(config: DictConfig, material: Material, count: int, hosts: Sequence[str] | None) -> Plan:
-    """Plan, or read the plan that `plan=` names."""
-    settings, captured = material.settings, material.captured
-    clipped = settings.clip_norm is not None
-    path = OmegaConf.select(config, "plan")
-    if path is not None:
-        return replace(_replayed(str(path), captured, count, settings), global_norm=clipped)
-    choice(config, "planner.name", ("graphpipe",))
-    options = Options(
-        mini_batch=settings.mini_batch,
-        micro_batch=_micro_batch(settings, captured),
-        policy=policy(config),
-        optimizer_factor=optimizer_factor(material.make_optimizer),
-        global_norm=clipped,
-        max_replicas=OmegaConf.select(config, "planner.max_replicas"),
-    )
-    plan = graphpipe.plan(captured.graph, topology(config, count, hosts), costs(config), options)
-    check_plan(plan, captured.graph)
-    return plan
-
-
-def _micro_batch(settings: TrainSettings, captured: Captured) -> int | Literal["auto"]:
-    """A loss that mixes samples is only the user's own loss if it sees the whole mini-batch."""
-    if not captured.loss_coupled:
-        return settings.micro_batch
-    if settings.micro_batch in ("auto", settings.mini_batch):
-        return settings.mini_batch
-    raise SettingsError(
-        "the loss of a mini-batch is not the mean of its micro-batches' losses: it mixes samples (a "
-        "contrastive loss), or divides by something else than their number (ignore_index). Return "
-        "(sum, weight) from forward in the second case, else set train.micro_batch to the whole mini-batch, "
-        f"{settings.mini_batch}"
-    )
-
-
-def _replayed(path: str, captured: Captured, count: int, settings: TrainSettings) -> Plan:
-    plan = read_plan(path)
-    have = len(plan.topology.devices)
-    if have != count:
-        raise PlanError(
-            f"{path} is a plan for {have} devices, this run has {count}: start {have} ranks, or plan anew"
-        )
-    if plan.fingerprints.graph != captured.graph.fingerprint():
-        raise PlanError(
-            f"{path} was made for another model: its graph is {plan.fingerprints.graph}, this one's "
-            f"{captured.graph.fingerprint()}; plan anew"
-        )
-    if plan.mini_batch != settings.mini_batch:
-        raise PlanError(
-            f"{path} is a plan for mini-batches of {plan.mini_batch}, train.mini_batch is "
-            f"{settings.mini_batch}"
-        )
-    check_plan(plan, captured.graph)
-    return plan
-
-
-def arrange(config: DictConfig, material: Material, plan: Plan, planner_seconds: float) -> Job:
+def arrange(material: Material, plan: Plan, planner_seconds: float) -> Job:
     """Schedules for training and evaluation, checked."""
-    settings, traced = material.settings, material.captured.traced
+    traced = material.captured.traced
     plan = mode_plan(plan, traced.train)
     evaluation = mode_plan(plan, traced.evaluate)
     lowered = schedules(plan, evaluation, len(material.held_out))
     check(plan, lowered.train)
     for schedule in lowered.evaluate.values():
         check(evaluation, schedule)
-    batches = Batches(len(material.train_data), settings.mini_batch, settings.seed)
-    return Job(material, plan, evaluation, lowered, batches, planner_seconds)
+    return Job(material, plan, evaluation, lowered, planner_seconds)
 
 
 def program_of(config: DictConfig, job: Job, rank: int) -> StageProgram | None:

@@ -9,16 +9,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[1]
+SYSTEM = Path("/sys/devices/system/cpu")
+COMMANDS = ("launch.train", "launch.plan", "launch.capture", "launch.simulate")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the command depends on besides its arguments."""
+    """What the command depends on besides its arguments; `cores` are physical ones that we may use."""
 
     mpirun: str
     open_mpi: bool
@@ -28,29 +31,33 @@ class Machine:
 
 
 def assemble(
-    machine: Machine, ranks: int, module: str, overrides: Sequence[str], extra: Sequence[str] = ()
+    machine: Machine, ranks: int, module: str, overrides: Sequence[str], hosts: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
     """The command, and the variables that it needs beyond the environment.
 
-    More ranks than cores share them: Open MPI wants to be told, and one thread a rank is then enough. Else
-    each rank has cores // ranks threads on cores of its own.
+    On one machine each rank has cores // ranks threads on cores of its own; more ranks than cores share them:
+    Open MPI wants to be told, and one thread a rank is then enough. On `hosts` (mpirun's flags that name
+    them) their slots say how many ranks there are, and each rank finds its threads when it starts.
     """
-    shared = ranks > machine.cores
-    threads = max(1, machine.cores // ranks)
-    path = machine.environment.get("PYTHONPATH")
-    added = {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *([path] if path else [])])}
-    if "OMP_NUM_THREADS" not in machine.environment:
-        added["OMP_NUM_THREADS"] = str(threads)
+    threads = machine.cores // ranks
+    path = [p for p in machine.environment.get("PYTHONPATH", "").split(os.pathsep) if p]
+    added = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([str(CHECKOUT), *path]))}
+    if "OMP_NUM_THREADS" not in machine.environment and not hosts:
+        added["OMP_NUM_THREADS"] = str(max(1, threads))
     flags: list[str] = []
     if machine.open_mpi:
         if machine.root:
             added |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        flags += ["--oversubscribe", "--bind-to", "none"] if shared or extra else []
-        flags += [] if shared or extra else ["--map-by", f"slot:PE={threads}", "--bind-to", "core"]
-        for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
-            flags += ["-x", name]  # to other hosts too
+        if hosts:
+            flags += ["--bind-to", "none"]
+        elif threads:
+            flags += ["--map-by", f"slot:PE={threads}", "--bind-to", "core:if-supported"]
+        else:
+            flags += ["--oversubscribe", "--bind-to", "none"]
+        for name in ("PYTHONPATH", "OMP_NUM_THREADS"):  # to other hosts too
+            flags += ["-x", name] if name in {*added, *machine.environment} else []
     return (
-        [machine.mpirun, "-n", str(ranks), *flags, *extra, sys.executable, "-m", module, *overrides],
+        [machine.mpirun, "-n", str(ranks), *flags, *hosts, sys.executable, "-m", module, *overrides],
         added,
     )
 
@@ -68,10 +75,33 @@ def find_machine() -> Machine:
     return Machine(
         mpirun=command,
         open_mpi="open mpi" in (answer.stdout + answer.stderr).lower(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=physical_cores(),
         root=os.geteuid() == 0,
         environment=os.environ,
     )
+
+
+def physical_cores(usable: Collection[int] | None = None, system: Path = SYSTEM) -> int:
+    """The cores among the processors that this process may use: two threads of one core count once, as Open
+    MPI counts them when it binds."""
+    processors = os.sched_getaffinity(0) if usable is None else usable
+    cores = set()
+    for number in processors:
+        try:
+            cores.add((system / f"cpu{number}" / "topology" / "thread_siblings_list").read_text())
+        except OSError:  # a system that does not say
+            cores.add(str(number))
+    return len(cores)
+
+
+def check_module(module: str) -> None:
+    """Raise SystemExit if there is no such module: better once here than once a rank."""
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise SystemExit(f"error: there is no module {module}; the commands are {', '.join(COMMANDS)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,10 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.n < 1:
         parser.error(f"-n must be at least 1, it is {given.n}")
-    extra = [*(["--hostfile", given.hostfile] if given.hostfile else [])]
-    extra += ["--host", given.host] if given.host else []
+    check_module(given.module)
+    hosts = [*(["--hostfile", given.hostfile] if given.hostfile else [])]
+    hosts += ["--host", given.host] if given.host else []
+    if given.hostfile and not Path(given.hostfile).is_file():
+        parser.error(f"there is no hostfile {given.hostfile}")
     machine = find_machine()
-    command, added = assemble(machine, given.n, given.module, given.overrides, extra)
+    command, added = assemble(machine, given.n, given.module, given.overrides, hosts)
     shown = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
     print(" ".join([*shown, shlex.join(command)]), flush=True)
     if not given.dry_run:

@@ -1,12 +1,14 @@
 """The user's model, data and optimizer from the configuration's `_target_`s."""
 
+import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -16,62 +18,67 @@ from gpp.runtime.state import MakeOptimizer
 
 from .settings import SettingsError
 
+Arguments = Mapping[str, Any]  # a group's node, resolved: `_target_` and its arguments
 
-def chosen(config: DictConfig, group: str, overrides: Sequence[str]) -> DictConfig:
-    """The group's node; naming another `_target_` drops the arguments of the one that it replaces.
+
+def chosen(config: DictConfig, group: str, overrides: Sequence[str]) -> Arguments:
+    """The group's arguments; naming another `_target_` drops those of the one that it replaces.
 
     So `model._target_=my_package.MyNet` is all that a model without arguments needs: what remains are the
-    arguments given beside it.
+    arguments given beside it. Raises SettingsError if there is no `_target_`.
     """
-    node: DictConfig = config[group]
+    node = OmegaConf.to_container(config[group], resolve=True)
+    if not isinstance(node, dict) or not node.get("_target_"):
+        raise SettingsError(
+            f"{group}._target_ is missing: name a class, e.g. {group}._target_=my_package.MyClass"
+        )
     names = [o.lstrip("+~").partition("=")[0] for o in overrides]
-    if f"{group}._target_" not in names or group in names:
-        return node
-    kept = [
-        "_target_",
-        *(n.removeprefix(f"{group}.").split(".")[0] for n in names if n.startswith(f"{group}.")),
-    ]
-    return OmegaConf.masked_copy(node, list(dict.fromkeys(kept)))
+    if f"{group}._target_" in names and group not in names:
+        given = {n.removeprefix(f"{group}.").split(".")[0] for n in names if n.startswith(f"{group}.")}
+        node = {key: value for key, value in node.items() if key in given}
+    return {str(key): value for key, value in node.items()}
 
 
-def model_builder(node: DictConfig) -> Callable[[], nn.Module]:
+def model_builder(arguments: Arguments) -> Callable[[], nn.Module]:
     """A function that builds the model. Raises SettingsError for what cannot be found or built."""
 
     def build() -> nn.Module:
-        model = _make(node, "model")
+        model = _make(arguments, "model")
         if not isinstance(model, nn.Module):
-            raise SettingsError(
-                f"model._target_={node._target_} is not an nn.Module but {type(model).__name__}"
-            )
+            kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            raise SettingsError(f"model._target_={arguments['_target_']} is not an nn.Module but {kind}")
         return model
 
     return build
 
 
-def dataset(node: DictConfig, model: nn.Module) -> Dataset:
+def dataset(arguments: Arguments, model: nn.Module) -> Dataset:
     """The data set; one of torch's map-style data sets is adapted to the arguments of the model's `forward`.
 
     `data.keys` chooses among its keys, or names the items of its tuples.
     """
-    keys = OmegaConf.select(node, "keys") or ()
-    made = _make(OmegaConf.masked_copy(node, [str(k) for k in node if k != "keys"]), "data")
+    keys = arguments.get("keys") or ()
+    if isinstance(keys, str) or not isinstance(keys, Sequence):
+        raise SettingsError(f"data.keys must be a list of names, data.keys=[a,b], it is {keys!r}")
+    made = _make({k: v for k, v in arguments.items() if k != "keys"}, "data")
     parameters = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     return adapt(made, names, tuple(map(str, keys)))
 
 
-def optimizer_maker(node: DictConfig) -> MakeOptimizer:
-    """A function from named parameters to an optimizer."""
+def optimizer_maker(arguments: Arguments) -> MakeOptimizer:
+    """A function from named parameters to an optimizer. Raises SettingsError for one that is not there."""
+    target = str(arguments["_target_"])
+    kind = locate(target, "optimizer")
+    rest = {k: v for k, v in arguments.items() if k != "_target_"}
 
     def make(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        arguments = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k != "_target_"}  # type: ignore[union-attr]
         try:
-            kind = get_class(str(node._target_))
-            made = kind([parameter for _, parameter in named], **{str(k): v for k, v in arguments.items()})
-        except (ImportError, TypeError, ValueError) as error:
-            raise SettingsError(f"optimizer._target_={node._target_}: {error}") from error
+            made = kind([parameter for _, parameter in named], **rest)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"optimizer._target_={target}: {error}") from error
         if not isinstance(made, torch.optim.Optimizer):
-            raise SettingsError(f"optimizer._target_={node._target_} is not a torch.optim.Optimizer")
+            raise SettingsError(f"optimizer._target_={target} is not a torch.optim.Optimizer")
         return made
 
     return make
@@ -88,23 +95,52 @@ def optimizer_factor(make: MakeOptimizer) -> float:
     return size / (parameter.numel() * parameter.element_size())
 
 
-def _make(node: DictConfig, group: str) -> Any:
-    target = OmegaConf.select(node, "_target_")
-    if target is None:
-        raise SettingsError(
-            f"{group}._target_ is missing: name a class, e.g. {group}._target_=my_package.MyClass"
-        )
+def locate(name: str, group: str) -> Any:
+    """The object of a dotted name. Raises SettingsError saying which part of the name is not there."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = ".".join(parts[:count])
+        try:
+            found: Any = importlib.import_module(path)
+        except Exception as error:
+            if (
+                isinstance(error, ModuleNotFoundError)
+                and error.name
+                and f"{path}.".startswith(f"{error.name}.")
+            ):
+                continue  # the module's own name: the rest is to be found inside a shorter one
+            raise SettingsError(f"{group}._target_={name} cannot be imported: {_reason(error)}") from error
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                place = f" ({found.__file__})" if getattr(found, "__file__", None) else ""
+                raise SettingsError(f"{group}._target_={name}: {path}{place} has no {part}")
+            found, path = getattr(found, part), f"{path}.{part}"
+        if not callable(found):
+            raise SettingsError(f"{group}._target_={name} is no class but {type(found).__name__}")
+        return found
+    raise SettingsError(
+        f"{group}._target_={name}: there is no module {parts[0]!r}; it must lie in the folder where the "
+        "command is started, or on PYTHONPATH"
+    )
+
+
+def _make(arguments: Arguments, group: str) -> Any:
+    locate(str(arguments["_target_"]), group)
     try:
-        return instantiate(node, _convert_="all")
+        return instantiate(OmegaConf.create(dict(arguments)), _convert_="all")
     except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise SettingsError(f"{group}._target_={target}: {_reason(cause)}") from error
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise SettingsError(f"{group}._target_={arguments['_target_']}: {_reason(cause)}") from error
 
 
 def _reason(cause: BaseException) -> str:
-    """The innermost cause in one line: Hydra wraps what went wrong."""
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(cause).strip().splitlines()
-    first = text[0] if text else ""
-    return first if isinstance(cause, ImportError | ValueError) else f"{type(cause).__name__}: {first}"
+    """What went wrong in a user's code, and where."""
+    text = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
+    what = text if isinstance(cause, ValueError) and text else f"{type(cause).__name__}: {text}"
+    frames = traceback.extract_tb(cause.__traceback__)
+    foreign = ("importlib", "hydra", "omegaconf", "frozen")
+    if not frames or any(part in frames[-1].filename for part in foreign):
+        return what
+    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})"

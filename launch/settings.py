@@ -1,7 +1,9 @@
 """The configuration as checked records; each reader raises SettingsError naming key, rule and value."""
 
+import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +34,42 @@ class TrainSettings:
     log_every: int
 
 
+# The groups in which nothing but this is read; model, data and optimizer are their classes' own.
+_LINK = ("latency", "bandwidth")
+_KEYS = {
+    "train": tuple(field.name for field in fields(TrainSettings)),
+    "cluster": (
+        *("name", "devices", "per_host", "memory", "flops", "bandwidth", "overhead", "inside", "between"),
+    ),
+    "cluster.inside": _LINK,
+    "cluster.between": _LINK,
+    "cost": ("update_traffic",),
+    "planner": ("name", "max_replicas"),
+    "schedule": ("name", "extra_warm_up"),
+    "kernels": ("name",),
+    "transport": ("name",),
+}
+
+
+def check_keys(config: DictConfig) -> None:
+    """Refuse a key that nothing reads: Hydra lets `+train.stepz=3` pass."""
+    for group, known in _KEYS.items():
+        node = OmegaConf.select(config, group)
+        if not isinstance(node, DictConfig):
+            raise SettingsError(f"{group} must be a group of {', '.join(known)}, it is {node!r}")
+        for key in map(str, node):
+            if key not in known:
+                raise SettingsError(f"there is no key {group}.{key}; {group} has {', '.join(known)}")
+
+
+def check_choices(config: DictConfig) -> None:
+    """The groups of which only the name counts."""
+    choice(config, "planner.name", ("graphpipe",))
+    choice(config, "kernels.name", ("eager", "inductor", "triton"))
+    choice(config, "transport.name", ("auto", "host"))
+    choice(config, "device", ("auto", "cpu", "cuda"))
+
+
 def whole(config: DictConfig, key: str, least: int) -> int:
     """An integer of at least `least`."""
     value = OmegaConf.select(config, key)
@@ -40,13 +78,15 @@ def whole(config: DictConfig, key: str, least: int) -> int:
     return value
 
 
-def number(config: DictConfig, key: str, *, above: float | None = None) -> float:
-    """A number, larger than `above` if that is given."""
+def number(config: DictConfig, key: str, *, above: float | None = None, least: float | None = None) -> float:
+    """A finite number, larger than `above` or at least `least` if one is given."""
     value = OmegaConf.select(config, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise SettingsError(f"{key} must be a number, it is {value!r}")
     if above is not None and value <= above:
         raise SettingsError(f"{key} must be larger than {above:g}, it is {value!r}")
+    if least is not None and value < least:
+        raise SettingsError(f"{key} must be at least {least:g}, it is {value!r}")
     return float(value)
 
 
@@ -95,18 +135,24 @@ def device_count(config: DictConfig, world: int | None) -> int:
     return count
 
 
+def max_replicas(config: DictConfig) -> int | None:
+    """planner.max_replicas: devices that may share one stage; None for any number."""
+    key = "planner.max_replicas"
+    return None if OmegaConf.select(config, key) is None else whole(config, key, 1)
+
+
 def topology(config: DictConfig, count: int, hosts: Sequence[str] | None) -> DeviceTopology:
     """The `cluster` group for `count` devices; `hosts` names each rank's host under MPI."""
-    cluster = config.cluster
+    name = str(config.cluster.name)
     device = Device(
-        name=str(cluster.name),
+        name=name,
         memory=number(config, "cluster.memory", above=0),
         flops=number(config, "cluster.flops", above=0),
         bandwidth=number(config, "cluster.bandwidth", above=0),
-        overhead=number(config, "cluster.overhead"),
+        overhead=number(config, "cluster.overhead", least=0),
     )
     return DeviceTopology(
-        name=str(cluster.name),
+        name=name,
         devices=(device,) * count,
         per_host=_per_host(config, count, hosts),
         inside=_link(config, "cluster.inside"),
@@ -116,7 +162,8 @@ def topology(config: DictConfig, count: int, hosts: Sequence[str] | None) -> Dev
 
 def _link(config: DictConfig, key: str) -> Link:
     return Link(
-        latency=number(config, f"{key}.latency"), bandwidth=number(config, f"{key}.bandwidth", above=0)
+        latency=number(config, f"{key}.latency", least=0),
+        bandwidth=number(config, f"{key}.bandwidth", above=0),
     )
 
 
@@ -140,7 +187,7 @@ def _per_host(config: DictConfig, count: int, hosts: Sequence[str] | None) -> in
 
 def costs(config: DictConfig) -> Roofline:
     """The `cost` group."""
-    return Roofline(update_traffic=number(config, "cost.update_traffic"))
+    return Roofline(update_traffic=number(config, "cost.update_traffic", least=0))
 
 
 def policy(config: DictConfig) -> Policy:
@@ -151,9 +198,12 @@ def policy(config: DictConfig) -> Policy:
     )
 
 
-def configuration_digest(config: DictConfig) -> str:
-    """A digest of everything but Hydra's own node: equal on all ranks, or the run is refused."""
-    import hashlib
+def own_yaml(config: DictConfig) -> str:
+    """Everything but Hydra's own node, resolved."""
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    return OmegaConf.to_yaml({key: value for key, value in resolved.items() if key != "hydra"})
 
-    own: Any = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-    return hashlib.sha256(OmegaConf.to_yaml(own, resolve=True).encode()).hexdigest()[:16]
+
+def configuration_digest(config: DictConfig) -> str:
+    """A digest of the configuration: equal on all ranks, or the run is refused."""
+    return hashlib.sha256(own_yaml(config).encode()).hexdigest()[:16]

@@ -4,30 +4,24 @@ Prints the plan, the predicted step time, and bubble and memory of each rank; wr
 chrome://tracing or ui.perfetto.dev into the run's folder.
 """
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from gpp.plan import Plan, PlanError, plan_from_json
-from gpp.plan_table import plan_table
+from gpp.plan import Plan
+from gpp.plan_table import plan_table, readable_bytes
 from gpp.schedule.check import check
 from gpp.schedule.lower import lower
 from gpp.simulate import Prediction, predicted
 from gpp.trace import to_chrome
 
-from .start import launch, refuse, run_folder
+from .guard import first_rank
+from .plans import read_plan
+from .settings import SettingsError, whole
+from .start import launch, run_folder
 
-
-def read_plan(path: str) -> Plan:
-    """The plan of a file. Raises PlanError naming the file."""
-    file = Path(path)
-    if not file.is_file():
-        raise PlanError(f"there is no plan file {path}")
-    try:
-        return plan_from_json(file.read_text())
-    except (PlanError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: {error}") from None
+if TYPE_CHECKING:
+    from gpp.runtime.mpi import MpiCommunicator
 
 
 def prediction_text(plan: Plan, prediction: Prediction) -> str:
@@ -36,24 +30,25 @@ def prediction_text(plan: Plan, prediction: Prediction) -> str:
     lines = [
         f"predicted step {prediction.step_seconds * 1e3:.3f} ms, "
         f"{plan.mini_batch / prediction.step_seconds:.1f} samples/s",
-        f"{'rank':>4}  {'bubble':>7}  {'memory MiB':>10}  stage",
+        f"{'rank':>4}  {'bubble':>7}  {'memory':>8}  stage",
     ]
     for rank, (idle, memory) in enumerate(zip(prediction.bubble, prediction.memory, strict=True)):
-        lines.append(f"{rank:>4}  {idle:>7.1%}  {memory / 2**20:>10.1f}  {names.get(rank, '(idle)')}")
+        lines.append(f"{rank:>4}  {idle:>7.1%}  {readable_bytes(memory):>8}  {names.get(rank, '(idle)')}")
     return "\n".join(lines)
 
 
-def simulate(config: DictConfig, _: Any) -> None:
+def simulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     """The task of this command."""
-    try:
-        path = OmegaConf.select(config, "plan", throw_on_missing=False)
-        if path is None:
-            raise PlanError("say which plan: plan=path/to/plan.json")
-        plan = read_plan(str(path))
-        check(plan, lower(plan))
-        prediction = predicted(plan)
-    except ValueError as error:
-        refuse(str(error))
+    first_rank(mpi, lambda: _simulate(config))
+
+
+def _simulate(config: DictConfig) -> None:
+    path = OmegaConf.select(config, "plan", throw_on_missing=False)
+    if path is None:
+        raise SettingsError("say which plan: plan=path/to/plan.json")
+    plan = read_plan(str(path))
+    check(plan, lower(plan))
+    prediction = predicted(plan, steps=whole(config, "steps", 1))
     print(plan_table(plan))
     print(prediction_text(plan, prediction))
     target = run_folder() / "trace.json"

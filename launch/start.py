@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from gpp.runtime.environment import lonely, under_mpi
+
+from .guard import explain_composition, guarded, leave_if, refuse
 
 if TYPE_CHECKING:
     from gpp.runtime.mpi import MpiCommunicator
@@ -40,12 +42,17 @@ def launch(task: Task, config: str) -> None:
         if communicator.rank > 0:
             _keep_quiet()
     OmegaConf.register_new_resolver("gpp.stamp", lambda: stamp, replace=True)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it then leaves the wording of its errors to us
 
     def run(configuration: DictConfig) -> None:
-        task(configuration, communicator)
+        _composed(communicator, None)
+        guarded(communicator, lambda: task(configuration, communicator))
 
     run.__module__ = "__main__"
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(run)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(run)()
+    except Exception as problem:  # Hydra's own: a task ends the process when it fails
+        _composed(communicator, explain_composition(problem))
 
 
 def run_folder() -> Path:
@@ -62,14 +69,17 @@ def own_overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task)
 
 
-def refuse(text: str) -> NoReturn:
-    """One readable message, and the end of this process."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+def _composed(communicator: "MpiCommunicator | None", error: str | None) -> None:
+    """What every rank says before anything else: whether it has its configuration."""
+    if communicator is not None:
+        leave_if(communicator, error)
+    elif error is not None:
+        refuse(error)
 
 
 def _stamp() -> str:
-    return datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    """To the millisecond: two runs of one second do not share a folder."""
+    return datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")[:-3]
 
 
 def _connect() -> Any:

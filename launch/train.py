@@ -5,14 +5,16 @@ run's folder holds plan.json, graph.json, trace.json, metrics.jsonl, result.json
 """
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from .settings import own_yaml
 from .start import launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     """The task of this command."""
     from gpp.runtime.loopback import LoopbackWorld, run
 
-    from .guard import alone, together
+    from .guard import together
     from .job import prepare, program_of, threads_of_a_rank
 
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
@@ -44,41 +46,35 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         import torch
 
         torch.set_num_threads(threads)
-        alone(comm, lambda: _rank(job, comm, programs[comm.rank], folder, base))
+        _rank(job, comm, programs[comm.rank], folder, base)
         return
-    try:
-        run(LoopbackWorld(ranks), lambda own: _rank(job, own, programs[own.rank], folder, base), threads)
-    except Exception as problem:
-        from .guard import explain
-        from .start import refuse
-
-        refuse(explain(problem))
+    run(LoopbackWorld(ranks), lambda own: _rank(job, own, programs[own.rank], folder, base), threads)
 
 
 def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
     from gpp.graph import graph_to_json
     from gpp.plan import plan_to_json
-    from gpp.plan_table import plan_table
+    from gpp.plan_table import device_ranges, plan_table
 
     captured, settings = job.material.captured, job.material.settings
     (folder / "plan.json").write_text(plan_to_json(job.plan))
     (folder / "graph.json").write_text(graph_to_json(captured.graph))
-    (folder / "config.yaml").write_text(
-        OmegaConf.to_yaml(
-            OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]), resolve=True
-        )
-    )
+    (folder / "config.yaml").write_text(own_yaml(config))
     print(plan_table(job.plan))
     if captured.coupled:
         print(f"mixes samples per micro-batch, as gradient accumulation does: {', '.join(captured.coupled)}")
     if captured.coupled_metrics:
         print(f"averaged over micro-batches, not over samples: {', '.join(captured.coupled_metrics)}")
-    if job.batches.dropped:
+    beyond = range(len(job.plan.topology.devices), ranks)
+    if beyond:
+        print(f"ranks without work: {device_ranges(beyond)}")
+    batches = job.material.batches
+    if batches.dropped:
         print(
-            f"each epoch of {job.batches.per_epoch} steps leaves out {job.batches.dropped} of "
-            f"{job.batches.length} training samples, others each time"
+            f"each epoch ({_count(batches.per_epoch, 'step')}) leaves out {batches.dropped} of "
+            f"{batches.length} training samples, others each time"
         )
-    print(f"{ranks} ranks, {settings.steps} steps, {folder}", flush=True)
+    print(f"{_count(ranks, 'rank')}, {_count(settings.steps, 'step')}, {folder}", flush=True)
 
 
 def _rank(job: "Job", comm: "Communicator", program: "StageProgram | None", folder: Path, base: int) -> None:
@@ -101,7 +97,7 @@ def _rank(job: "Job", comm: "Communicator", program: "StageProgram | None", fold
     )
     settings = job.material.settings
     with _Log(folder, settings.steps, settings.log_every, comm.rank == 0) as log:
-        trainer.fit(job.material.train_data, job.batches, 0, settings.steps, log.step)
+        trainer.fit(job.material.train_data, job.material.batches, 0, settings.steps, log.step)
         evaluation = trainer.evaluate(job.material.held_out) if len(job.material.held_out) else {}
         trace = trainer.trace()
         memory = comm.all_gather_object(_device_memory(job, base))
@@ -136,7 +132,7 @@ class _Log:
         }
         if record.norm is not None:
             line["grad_norm"] = record.norm
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(_json(line) + "\n")
         self.file.flush()
         if record.step % self.every == 0 or record.step == self.steps - 1:
             metrics = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
@@ -175,7 +171,7 @@ class _Log:
             "planner_seconds": job.planner_seconds,
             "peak_memory_bytes": list(memory),
         }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (self.folder / "result.json").write_text(_json(result, indent=1) + "\n")
         print(f"results: {self.folder}", flush=True)
 
     def _say_evaluation(self, job: "Job", evaluation: dict[str, float]) -> None:
@@ -185,6 +181,21 @@ class _Log:
         share = _majority(held_out)
         if share is not None:
             print(f"the most frequent label alone would be right for {share:.4f} of them")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON, in which a number that is not finite (a diverged loss) is null: the format has no other way."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _majority(data: Any) -> float | None:

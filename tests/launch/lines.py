@@ -1,0 +1,53 @@
+"""Runs several command lines one after the other in this process, or in every rank of an MPI job.
+
+python -m tests.launch.lines IN.json OUT.json: IN is a list of [command, argument, ...]; rank 0 writes to OUT
+for each its exit code and what it printed. Starting Python and torch once makes many checks cheap.
+"""
+
+import json
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from launch.capture import capture
+from launch.plan import plan
+from launch.simulate import simulate
+from launch.start import launch
+from launch.train import train
+
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "train": (train, "config"),
+    "plan": (plan, "plan"),
+    "capture": (capture, "capture"),
+    "simulate": (simulate, "simulate"),
+}
+
+
+def run(command: str, arguments: list[str]) -> dict[str, Any]:
+    sys.argv = [f"launch.{command}", *arguments]
+    streams = sys.stdout, sys.stderr
+    code: Any = 0
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try:
+            launch(*COMMANDS[command])
+        except SystemExit as end:
+            code = end.code
+    sys.stdout, sys.stderr = streams  # other ranks silence themselves
+    return {"code": code or 0, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def main() -> None:
+    source, target = map(Path, sys.argv[1:])
+    results = []
+    first = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")) == "0"
+    for command, *arguments in json.loads(source.read_text()):
+        results.append(run(command, arguments))
+        if first:
+            target.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
