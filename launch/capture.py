@@ -29,7 +29,7 @@ def _capture(config: DictConfig) -> None:
 
     check_keys(config)
     check_choices(config)
-    graph = gather(config, own_overrides()).subject.graph
+    graph = gather(config, own_overrides())[0].subject.graph
     target = run_folder().resolve() / "graph.json"
     target.write_text(graph_to_json(graph))
     print(f"{graph_text(graph)}: {target}", flush=True)

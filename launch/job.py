@@ -52,7 +52,6 @@ class Material:
     """What a process has before there is a plan."""
 
     settings: TrainSettings
-    initialised: Initialised
     captured: Captured
     subject: Subject
     train_data: Dataset
@@ -89,9 +88,12 @@ class Job:
 
 def prepare(
     config: DictConfig, overrides: Sequence[str], comm: Communicator, *, alone: bool
-) -> tuple[Job, int]:
-    """The job, and the number of ranks; called by all ranks together. `alone`: one process is all ranks."""
+) -> tuple[Job, int, Initialised]:
+    """The job, the number of ranks, and the initial weights; called by all ranks together.
 
+    `alone`: one process is all ranks. The weights are the whole model's where it is built on the host: let go
+    of them once each stage has its own.
+    """
     together(comm, lambda: same(comm, "configuration", configuration_digest(config)))
 
     def ask() -> Request:
@@ -105,7 +107,7 @@ def prepare(
         return request
 
     request = together(comm, ask)
-    material = together(comm, lambda: gather(config, overrides))
+    material, initialised = together(comm, lambda: gather(config, overrides))
     together(comm, lambda: same(comm, "captured model", material.subject.graph.fingerprint()))
 
     def make() -> tuple[str, float]:
@@ -115,10 +117,10 @@ def prepare(
 
     text, seconds = together(comm, lambda: comm.broadcast_object(make))
     job = together(comm, lambda: arrange(material, plan_from_json(text), seconds))
-    return job, request.count if alone else comm.size
+    return job, request.count if alone else comm.size, initialised
 
 
-def gather(config: DictConfig, overrides: Sequence[str]) -> Material:
+def gather(config: DictConfig, overrides: Sequence[str]) -> tuple[Material, Initialised]:
     """Read settings, build model and data, capture, verify."""
     settings = train_settings(config)
     device = pick_device(config)
@@ -134,9 +136,8 @@ def gather(config: DictConfig, overrides: Sequence[str]) -> Material:
     batches = Batches(len(train_data), settings.mini_batch, settings.seed)
     with quiet_torch():
         captured = _captured(initialised, data.read(range(EXAMPLES), data.keys), settings)
-    return Material(
+    material = Material(
         settings,
-        initialised,
         captured,
         Subject(captured.graph, captured.loss_coupled, factor),
         train_data,
@@ -145,6 +146,7 @@ def gather(config: DictConfig, overrides: Sequence[str]) -> Material:
         make_optimizer,
         device,
     )
+    return material, initialised
 
 
 def _captured(initialised: Initialised, example: dict[str, Tensor], settings: TrainSettings) -> Captured:
@@ -216,12 +218,12 @@ def program_of(config: DictConfig, job: Job, rank: int) -> StageProgram | None:
     )
 
 
-def state_of(job: Job, program: StageProgram | None) -> StageState | None:
+def state_of(job: Job, program: StageProgram | None, initialised: Initialised) -> StageState | None:
     """Initial parameters and buffers of a rank's stage, and its optimizer."""
     if program is None:
         return None
     material = job.material
-    values: dict[str, Tensor] = material.initialised.values((*program.parameters, *program.buffers))
+    values: dict[str, Tensor] = initialised.values((*program.parameters, *program.buffers))
     clip = material.settings.clip_norm
     return StageState(
         program,

@@ -50,7 +50,7 @@ def _subject(request: Request) -> Subject:
     if profile is None:
         from .job import gather
 
-        return gather(request.config, request.overrides).subject
+        return gather(request.config, request.overrides)[0].subject
     optimizer = OmegaConf.to_container(request.config.optimizer, resolve=True)
     assert isinstance(optimizer, dict)
     return read_subject(str(profile), {str(key): value for key, value in optimizer.items()})

@@ -6,8 +6,7 @@ run's folder holds plan.json, graph.json, trace.json, metrics.jsonl, result.json
 
 import json
 import math
-import resource
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,34 +20,57 @@ if TYPE_CHECKING:
     from gpp.program.stage import StageProgram
     from gpp.runtime.communicator import Communicator
     from gpp.runtime.mpi import MpiCommunicator
+    from gpp.runtime.state import StageState
     from gpp.runtime.trainer import StepRecord
 
     from .job import Job
+
+    _Part = tuple[StageProgram | None, StageState | None]
 
 
 def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     """The task of this command."""
     from gpp.runtime.loopback import LoopbackWorld, run
 
-    from .guard import together
-    from .job import prepare, program_of, threads_of_a_rank
+    from .job import threads_of_a_rank
 
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
     folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
-    job, ranks = prepare(config, own_overrides(), comm, alone=mpi is None)
-    mine = range(ranks) if mpi is None else [comm.rank]
-    programs = together(comm, lambda: {rank: program_of(config, job, rank) for rank in mine})
-    if comm.rank == 0:
-        _announce(config, job, ranks, folder)
+    job, ranks, parts, base = _set_up(config, comm, folder, alone=mpi is None)
     threads = threads_of_a_rank(ranks if mpi is None else comm.hosts.count(comm.hosts[comm.rank]))
-    base = _peak_memory()
+
+    def work(own: "Communicator") -> None:
+        _rank(job, own, *parts[own.rank], folder, base)
+
     if mpi is not None:
         import torch
 
         torch.set_num_threads(threads)
-        _rank(job, comm, programs[comm.rank], folder, base)
+        work(comm)
         return
-    run(LoopbackWorld(ranks), lambda own: _rank(job, own, programs[own.rank], folder, base), threads)
+    run(LoopbackWorld(ranks), work, threads)
+
+
+def _set_up(
+    config: DictConfig, comm: "Communicator", folder: Path, *, alone: bool
+) -> "tuple[Job, int, dict[int, _Part], int]":
+    """The job, the number of ranks, program and state of this process's ranks, and the memory it held before
+    them. The whole model's initial weights end with this function."""
+    from gpp.runtime.memory import start_of_peak
+
+    from .guard import together
+    from .job import prepare, program_of, state_of
+
+    job, ranks, initialised = prepare(config, own_overrides(), comm, alone=alone)
+    mine = range(ranks) if alone else [comm.rank]
+    programs = together(comm, lambda: {rank: program_of(config, job, rank) for rank in mine})
+    if comm.rank == 0:
+        _announce(config, job, ranks, folder)
+    base = start_of_peak()
+    parts = together(
+        comm, lambda: {rank: (programs[rank], state_of(job, programs[rank], initialised)) for rank in mine}
+    )
+    return job, ranks, parts, base
 
 
 def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
@@ -68,6 +90,9 @@ def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
     beyond = range(len(job.plan.topology.devices), ranks)
     if beyond:
         print(f"ranks without work: {device_ranges(beyond)}")
+    cores = len(os.sched_getaffinity(0))
+    if ranks > cores and job.material.device.type == "cpu":
+        print(f"{ranks} ranks, {cores} cores here: the prediction takes each rank to have its own")
     batches = job.material.batches
     if batches.dropped:
         print(
@@ -77,13 +102,17 @@ def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
     print(f"{_count(ranks, 'rank')}, {_count(settings.steps, 'step')}, {folder}", flush=True)
 
 
-def _rank(job: "Job", comm: "Communicator", program: "StageProgram | None", folder: Path, base: int) -> None:
+def _rank(
+    job: "Job",
+    comm: "Communicator",
+    program: "StageProgram | None",
+    state: "StageState | None",
+    folder: Path,
+    base: int,
+) -> None:
     """One rank from initial weights to its part of the results."""
     from gpp.runtime.trainer import Trainer
 
-    from .job import state_of
-
-    state = state_of(job, program)
     trainer = Trainer(
         comm,
         job.plan,
@@ -214,12 +243,6 @@ def _majority(data: Any) -> float | None:
     )
 
 
-def _peak_memory() -> int:
-    """Peak resident bytes of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
-
-
 def _device_memory(job: "Job", base: int) -> int:
     """Peak bytes of the device: CUDA's allocator, or resident memory above what was there before training.
 
@@ -227,9 +250,11 @@ def _device_memory(job: "Job", base: int) -> int:
     """
     import torch
 
+    from gpp.runtime.memory import peak
+
     if job.material.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(job.material.device))
-    return _peak_memory() - base
+    return peak() - base
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """A torch module to its computation graph and to the traced graphs that its stages are carved from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from gpp.graph import ComputationGraph
+from gpp.program.random import arguments
 from gpp.program.stage import TermSum
 from gpp.program.traced import TracedMode, TracedModel, symbol
 
 from .dependence import Dependences, dependences
 from .export import CaptureError, Exported, export_mode
-from .grouping import Grouping, group
+from .grouping import Grouping, base_name, group
 from .measure import NodeCost, measure
 from .operators import boundary, build_graph
 from .tail import Tails, split_tails
@@ -107,6 +111,12 @@ class _Mode:
         tails = split_tails(exported)
         return cls(exported, facts, tails, group(exported, facts, tails))
 
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Data types of the graph's tensors."""
+        values = {n.name: n.meta.get("val") for n in self.exported.module.graph.nodes}
+        return {name: value.dtype for name, value in values.items() if isinstance(value, Tensor)}
+
     def traced(self) -> TracedMode:
         return TracedMode(
             module=self.exported.module,
@@ -157,12 +167,10 @@ def _matched(mode: _Mode, graph: ComputationGraph) -> _Mode:
 
 def _keep_gradients_of_loss(mode: _Mode, costs: Mapping[str, NodeCost]) -> None:
     """What the loss does not depend on (a metric's inside) receives no gradient."""
-    upstream: set[str] = set()
-    for node in reversed(list(mode.exported.module.graph.nodes)):
-        if node.name in mode.tails.roots or any(u.name in upstream for u in node.users):
-            upstream.add(node.name)
-        elif node.name in costs:
-            costs[node.name].requires_grad = False
+    reached = {node.name for node in _upstream(mode, mode.tails.roots)}
+    for name, cost in costs.items():
+        if name not in reached:
+            cost.requires_grad = False
 
 
 def _mixing(mode: _Mode, result: TermSum) -> bool:
@@ -172,6 +180,8 @@ def _mixing(mode: _Mode, result: TermSum) -> bool:
     that was computed from pairs of samples (a contrastive matrix) gives it away.
     """
     scalars = mode.facts.scalars
+    if result.weight is None and _divides_unevenly(mode, {name for name, _ in result.terms}):
+        return True
     if not scalars:
         return _reads_pairs(mode, {name for name, _ in result.terms})
     share = 0.5 if result.weight is None else 1.0
@@ -179,18 +189,44 @@ def _mixing(mode: _Mode, result: TermSum) -> bool:
         if name in scalars:
             whole, first, second = scalars[name]
             joined = share * (first + second)
-            if abs(whole - joined) > 1e-3 * max(abs(whole), abs(first), abs(second), 1e-6):
+            # both sides sum the same numbers; a square root of a mean differs in its third digit at best
+            rounding = 1e-2 if mode.dtypes[name].itemsize < 4 else 1e-5
+            if abs(whole - joined) > rounding * max(abs(whole), abs(first), abs(second), 1e-6):
                 return True
     return False
 
 
+def _upstream(mode: _Mode, terms: Iterable[str]) -> list[Node]:
+    """The terms and all that they are computed from, last first."""
+    found: set[str] = set()
+    more = set(terms)
+    while more:
+        found |= more
+        nodes = []
+        for node in reversed(mode.exported.module.graph.nodes):
+            if node.name in found or any(u.name in found for u in node.users):
+                found.add(node.name)
+                nodes.append(node)
+        # who writes into a storage is read by whoever reads it, without being its argument
+        more = {name for group in mode.exported.together if group & found for name in group - found}
+    return nodes
+
+
 def _reads_pairs(mode: _Mode, terms: set[str]) -> bool:
-    upstream: set[str] = set()
-    for node in reversed(list(mode.exported.module.graph.nodes)):
-        if node.name in terms or any(u.name in upstream for u in node.users):
-            upstream.add(node.name)
     return any(
         sum(symbol(size) is not None for size in node.meta["val"].shape) > 1
-        for node in mode.exported.module.graph.nodes
-        if node.name in upstream and isinstance(node.meta.get("val"), Tensor)
+        for node in _upstream(mode, terms)
+        if isinstance(node.meta.get("val"), Tensor)
     )
+
+
+def _divides_unevenly(mode: _Mode, terms: set[str]) -> bool:
+    """Whether a mean of class losses leaves out a class, or weighs the classes: it divides by what the labels
+    say, even where those of the example happen to be even."""
+    for node in _upstream(mode, terms):
+        name = base_name(node)
+        if name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"):
+            given = arguments(node)
+            if given["reduction"] == 1 and (given["weight"] is not None or given["ignore_index"] >= 0):
+                return True
+    return False

@@ -48,6 +48,23 @@ class Dependences:
 
 def classify(exported: Exported) -> dict[str, Dependence]:
     """The dependence of every node. Raises CaptureError where a number is read off a tensor's values."""
+    written: set[str] = set()
+    while True:
+        kinds = _classify(exported, written)
+        # a table that values of samples are written into holds samples from the start
+        found = {
+            name
+            for group in exported.together
+            if any(kinds[name] is Dependence.SAMPLES for name in group)
+            for name in group
+            if kinds[name] is Dependence.TABLE
+        }
+        if not found:
+            return kinds
+        written |= found
+
+
+def _classify(exported: Exported, written: set[str]) -> dict[str, Dependence]:
     state = {*exported.parameters, *exported.buffers, *exported.constants}
     kinds: dict[str, Dependence] = {}
     for node in exported.module.graph.nodes:
@@ -66,7 +83,7 @@ def classify(exported: Exported) -> dict[str, Dependence]:
                     "its value would differ between micro-batches. Use tensor arithmetic"
                 )
             kinds[node.name] = Dependence.SIZE
-        elif inputs & {Dependence.KEY, Dependence.SAMPLES}:
+        elif inputs & {Dependence.KEY, Dependence.SAMPLES} or node.name in written:
             kinds[node.name] = Dependence.SAMPLES
         else:
             kinds[node.name] = Dependence.TABLE
@@ -103,7 +120,8 @@ def dependences(exported: Exported, values: Mapping[str, Tensor] | None) -> Depe
         return Dependences(kinds, frozenset(shaped), frozenset(coupled), {})
     probe = _Probe(exported, kinds, shaped)
     probe.compare(values)
-    return Dependences(kinds, frozenset(shaped), frozenset(probe.coupled), probe.scalars)
+    per_sample = frozenset(shaped - probe.relative)
+    return Dependences(kinds, per_sample, frozenset(probe.coupled), probe.scalars)
 
 
 def _known_to_mix(node: fx.Node) -> bool:
@@ -117,7 +135,8 @@ class _Probe:
     """Runs the graph on all samples and on both halves, node by node.
 
     After each per-sample node the halves go on with what is cut from the whole, so a difference is the next
-    node's own doing: it mixes samples, or counts rows of the batch.
+    node's own doing: it mixes samples. Integers that differ are row numbers of the batch: they have a meaning
+    within their micro-batch alone, so the halves keep their own, and they are not per-sample (`relative`).
     """
 
     def __init__(self, exported: Exported, kinds: Mapping[str, Dependence], shaped: set[str]) -> None:
@@ -125,6 +144,8 @@ class _Probe:
         self.kinds = kinds
         self.shaped = shaped
         self.coupled: set[str] = set()
+        self.relative: set[str] = set()
+        self.shared = {name for group in exported.together for name in group}
         self.scalars: dict[str, tuple[float, float, float]] = {}
 
     def compare(self, values: Mapping[str, Tensor]) -> None:
@@ -143,21 +164,29 @@ class _Probe:
             if node.op == "output":
                 break
             full = whole.step(node)
-            parts = [run.step(node) for run in halves]
+            parts = [run.attempt(node) for run in halves]
             if node.name in self.shaped and isinstance(full, Tensor):
-                cut = [full[:half], full[half:]]
-                agree = all(_close(a, b) for a, b in zip(cut, parts, strict=True))
-                if not agree:
-                    self.coupled.add(node.name)
-                for run, piece in zip(halves, cut, strict=True):
-                    run.env[node] = piece
-            elif isinstance(full, Tensor) and full.dim() == 0 and self.kinds[node.name] is Dependence.SAMPLES:
-                self.scalars[node.name] = (float(full), float(parts[0]), float(parts[1]))
+                self._per_sample(node, halves, [full[:half], full[half:]], parts)
+            elif isinstance(full, Tensor) and full.dim() == 0 and not full.is_complex():
+                if all(isinstance(part, Tensor) for part in parts):
+                    self.scalars[node.name] = (float(full), float(parts[0]), float(parts[1]))
             for used in node.all_input_nodes:
                 users[used] -= 1
                 if users[used] == 0:
                     for run in (whole, *halves):
                         run.env.pop(used, None)
+
+    def _per_sample(self, node: fx.Node, halves: list["_Run"], cut: list[Tensor], parts: list[Any]) -> None:
+        agree = all(_close(a, b) for a, b in zip(cut, parts, strict=True))
+        ran = all(isinstance(part, Tensor) for part in parts)
+        if not agree and ran and not (cut[0].is_floating_point() or cut[0].is_complex()):
+            self.relative.add(node.name)
+            return
+        if not agree:
+            self.coupled.add(node.name)
+        if node.name not in self.shared or not ran:  # views of a storage that is written go on as they are
+            for run, piece in zip(halves, cut, strict=True):
+                run.env[node] = piece
 
 
 class _Run:
@@ -169,6 +198,14 @@ class _Run:
         self.values[POSITION] = torch.tensor([0, first])
         self.interpreter = fx.Interpreter(module)
         self.env: dict[fx.Node, Any] = self.interpreter.env
+
+    def attempt(self, node: fx.Node) -> Any:
+        """`step`, or None where the node cannot run on what it is given (row numbers of a larger batch)."""
+        try:
+            return self.step(node)
+        except (IndexError, RuntimeError, TypeError):
+            self.env[node] = None
+            return None
 
     def step(self, node: fx.Node) -> Any:
         with torch.no_grad():
@@ -183,6 +220,8 @@ class _Run:
 def _close(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
         return False
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
     if not a.dtype.is_floating_point:
         # A rounding may tip an argmax or a comparison: a few elements may differ.
         return bool((a != b).float().mean() <= 0.05) if a.numel() else True

@@ -14,8 +14,11 @@ import networkx as nx
 import torch
 from torch import fx
 
+from gpp.program.autocast import operator_called
+
 from .dependence import Dependence, Dependences
-from .export import Exported, is_view, mutated_buffers, path_of
+from .export import Exported, path_of
+from .mutation import is_view, mutated_buffers
 from .tail import Tails
 
 _HEAVY = (
@@ -40,9 +43,10 @@ class Grouping:
 
 def base_name(node: fx.Node) -> str:
     """The operator's plain name: "linear" of aten.linear.default."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
-    return getattr(node.target, "__name__", str(node.target))
+    target = operator_called(node)
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", str(target))
 
 
 def group(exported: Exported, facts: Dependences, tails: Tails) -> Grouping:
@@ -56,6 +60,7 @@ def group(exported: Exported, facts: Dependences, tails: Tails) -> Grouping:
     ]
     groups = _first_groups(nodes, facts)
     _absorb_light(nodes, groups)
+    _give_views_to_readers(nodes, groups, facts)
     _merge(nodes, groups, _bonds(exported, facts, tails, nodes))
     return _named(exported, nodes, groups)
 
@@ -124,6 +129,19 @@ def _absorb_light(nodes: list[fx.Node], groups: dict[fx.Node, int]) -> None:
             into[g] = targets.pop()
     for node in nodes:
         groups[node] = into.get(groups[node], groups[node])
+    # A light end (an accuracy) of one group is part of it.
+    readers = _edges(nodes, groups)
+    sources: dict[int, list[int]] = {}
+    for g, targets in readers.items():
+        for target in targets:
+            sources.setdefault(target, []).append(g)
+    ends = {
+        g: sources[g][0]
+        for g in readers
+        if g not in heavy and not readers[g] and len(sources.get(g, ())) == 1
+    }
+    for node in nodes:
+        groups[node] = ends.get(groups[node], groups[node])
     # What nothing reads and reads from no group (a count of labels, say) goes with the last heavy group.
     readers = _edges(nodes, groups)
     read = {r for rs in readers.values() for r in rs}
@@ -133,6 +151,21 @@ def _absorb_light(nodes: list[fx.Node], groups: dict[fx.Node, int]) -> None:
         for node in nodes:
             if groups[node] in lonely and groups[node] not in heavy:
                 groups[node] = homes[-1]
+
+
+def _give_views_to_readers(nodes: list[fx.Node], groups: dict[fx.Node, int], facts: Dependences) -> None:
+    """A view (a detach, say) read by one other group that gets the value itself too is made there: so the
+    value crosses once."""
+    for node in reversed(nodes):
+        base = node.args[0] if node.args else None
+        if not isinstance(base, fx.Node) or not is_view(node) or base not in groups:
+            continue
+        if base.name not in facts.per_sample:
+            continue
+        readers = {groups[u] for u in node.users if u in groups}
+        others = {groups[u] for u in base.users if u in groups and u is not node}
+        if len(readers) == 1 and readers <= others and groups[base] == groups[node]:
+            groups[node] = readers.pop()
 
 
 def _bonds(exported: Exported, facts: Dependences, tails: Tails, nodes: list[fx.Node]) -> list[list[fx.Node]]:
@@ -147,7 +180,7 @@ def _bonds(exported: Exported, facts: Dependences, tails: Tails, nodes: list[fx.
     by_name = {n.name: n for n in nodes}
     bonds += [[by_name[name] for name in together if name in by_name] for together in exported.together]
     touched: dict[str, list[fx.Node]] = {}
-    written = mutated_buffers(exported)
+    written = mutated_buffers(exported.module.graph, exported.buffers)
     for node in nodes:
         for used in node.all_input_nodes:
             if used.name in written:
@@ -229,7 +262,7 @@ def _attach(exported: Exported, nodes: list[fx.Node], operator_of: Mapping[str, 
     following = list(exported.module.graph.nodes)
     position = {n.name: i for i, n in enumerate(following)}
     attached: dict[str, str] = {}
-    for names in mutated_buffers(exported).values():
+    for names in mutated_buffers(exported.module.graph, exported.buffers).values():
         for name in names:
             if name in operator_of:
                 continue

@@ -43,7 +43,8 @@ def measure(exported: Exported, trainable: Mapping[str, bool]) -> dict[str, Node
             if node.op == "placeholder"
         }
         state = {_storage(v) for k, v in values.items() if k not in exported.batch_keys and v is not None}
-        _Measured(exported.module, values, state, costs).run()
+        shared = {name for group in exported.together for name in group}
+        _Measured(exported.module, values, state, shared, costs).run()
     return costs
 
 
@@ -73,12 +74,16 @@ class _Measured(fx.Interpreter):
         module: fx.GraphModule,
         values: Mapping[str, Tensor],
         state: set[int],
+        shared: set[str],
         costs: dict[str, NodeCost],
     ) -> None:
         super().__init__(module)
         self.values = values
         self.state = state
         self.costs = costs
+        self.shared: dict[str, Any] = dict.fromkeys(
+            shared
+        )  # by name: values of storages that are written later on
         self.kept: list[Tensor] = []  # keeps storages alive, so that their addresses stay theirs
 
     def run_node(self, node: fx.Node) -> Any:
@@ -87,6 +92,8 @@ class _Measured(fx.Interpreter):
             self.costs[node.name] = _shaped(NodeCost(), value)
             return value
         if node.op == "output":
+            for name, tensor in self.shared.items():
+                self.costs[name].requires_grad = isinstance(tensor, Tensor) and tensor.requires_grad
             return None
         cost = self.costs[node.name] = NodeCost()
 
@@ -99,6 +106,8 @@ class _Measured(fx.Interpreter):
 
         with _Counter(cost), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
             result = super().run_node(node)
+        if node.name in self.shared:
+            self.shared[node.name] = result
         return _shaped(cost, result) and result
 
 

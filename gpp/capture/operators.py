@@ -70,6 +70,7 @@ def build_graph(
             members[owner].append(node)
     crossing = boundary(exported, grouping)
     reach = inherited(exported, facts)
+    placeholders = {n.name: n.meta.get("val") for n in exported.module.graph.nodes if n.op == "placeholder"}
     return ComputationGraph(
         operators=tuple(
             _operator(
@@ -84,6 +85,7 @@ def build_graph(
                 trainable,
                 sizes,
                 reach,
+                placeholders,
             )
             for name in grouping.names
         ),
@@ -103,6 +105,7 @@ def _operator(
     trainable: Mapping[str, bool],
     sizes: Mapping[str, int],
     reach: Mapping[str, set[str]],
+    placeholders: Mapping[str, object],
 ) -> Operator:
     state = {s for node in members for s in reach[node.name]}
     parameters = sorted({exported.parameters[s] for s in state if s in exported.parameters})
@@ -120,7 +123,7 @@ def _operator(
         for used in node.all_input_nodes
         if used.name in exported.batch_keys
     }
-    forward, back_input, back_weight = _works(members, exported, facts, costs, trainable, reach)
+    forward, back_input, back_weight = _works(members, exported, facts, costs, trainable, reach, placeholders)
     saved = {k: v for node in members for k, v in costs[node.name].saved.items()}
     weight_stash = sum(
         _bytes(used, costs) + _bytes(node, costs)
@@ -173,6 +176,7 @@ def _works(
     costs: Mapping[str, NodeCost],
     trainable: Mapping[str, bool],
     reach: Mapping[str, set[str]],
+    state: Mapping[str, object],
 ) -> tuple[Work, Work, Work]:
     """Work of forward, input half and weight half, per sample and per call."""
     totals = [[0.0, 0.0, 0.0, 0.0] for _ in range(3)]
@@ -189,7 +193,7 @@ def _works(
         fixed = sum(
             math.prod(v.shape) * v.dtype.itemsize
             for s in reach[node.name]
-            if isinstance(v := _meta(exported, s), Tensor)
+            if isinstance(v := state.get(s), Tensor)
         )
         add(0, 1.0, cost, fixed)
         for used in node.all_input_nodes:  # tables are recomputed where they are read
@@ -213,8 +217,3 @@ def _works(
 
 def _per_sample(total: list[float]) -> tuple[float, float, float, int]:
     return total[0] / EXAMPLES, total[1] / EXAMPLES, total[2], math.ceil(total[3])
-
-
-def _meta(exported: Exported, name: str) -> object:
-    node = next((n for n in exported.module.graph.nodes if n.name == name), None)
-    return None if node is None else node.meta.get("val")

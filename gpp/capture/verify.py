@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpp.program.carve import carve, interface
-from gpp.program.random import RESOLUTION, keyed_normal, keyed_uniform
+from gpp.program.random import RESOLUTION, keyed_bernoulli, keyed_exponential, keyed_normal, keyed_uniform
 from gpp.program.stage import TermSum
 
 from .capture import Captured
@@ -27,8 +27,8 @@ def verify(model: nn.Module, batch: Mapping[str, Tensor], captured: Captured) ->
 
     `model` has real weights and `batch` a few samples; the model is left as it was.
     """
-    results, gradients = _eager(model, batch, captured)
-    terms, found = _graph(model, batch, captured)
+    results, gradients, buffers = _eager(model, batch)
+    terms, found, updated = _graph(model, batch, captured)
     for result in (captured.train.loss, *captured.train.metrics):
         value = _value(result, terms)
         if not _close(value, results[result.name]):
@@ -50,12 +50,23 @@ def verify(model: nn.Module, batch: Mapping[str, Tensor], captured: Captured) ->
                 "torch.library operator with register_autograd, or in plain tensor operations"
             )
 
+    for name, expected in buffers.items():
+        if not _close(updated[name], expected):
+            raise CaptureError(
+                f"the captured graph of {type(model).__name__} leaves another value in buffer {name} than "
+                "the module itself: update it in forward by an in-place operation or an assignment"
+            )
 
-def _eager(
-    model: nn.Module, batch: Mapping[str, Tensor], captured: Captured
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+
+Values = dict[str, Tensor]
+
+
+def _eager(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Values, Values, Values]:
+    """Results, gradients and buffers after one forward and backward of the module itself."""
     flags = {module: module.training for module in model.modules()}
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    owned = [
+        (m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None
+    ]
     try:
         model.train()
         with torch.enable_grad(), _Undrawn():  # type: ignore[no-untyped-call]
@@ -66,13 +77,14 @@ def _eager(
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         values = {"loss": _ratio(loss).detach()}
         values |= {str(k): _ratio(v).detach() for k, v in metrics.items()}
-        return values, gradients
+        return values, gradients, {n: b.detach().clone() for n, b in model.named_buffers()}
     finally:
         for module, flag in flags.items():
             module.training = flag
         with torch.no_grad():
-            for name, value in model.named_buffers():
-                value.copy_(buffers[name])
+            for module, key, buffer, before in owned:
+                module._buffers[key] = buffer
+                buffer.copy_(before)
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -86,7 +98,7 @@ def _ratio(value: Any) -> Tensor:
 
 def _graph(
     model: nn.Module, batch: Mapping[str, Tensor], captured: Captured
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Values, Values, Values]:
     mode = captured.traced.train
     operators = set(mode.operator_of.values())
     face = interface(mode, operators)
@@ -105,6 +117,7 @@ def _graph(
     return (
         {k: v.detach() for k, v in terms.items()},
         {n: p.grad for n, p in parameters.items() if p.grad is not None},
+        buffers,
     )
 
 
@@ -117,7 +130,8 @@ def _value(result: TermSum, terms: Mapping[str, Tensor]) -> Tensor:
 
 def _close(a: Tensor, b: Tensor, noise: float = 1e-7) -> bool:
     tolerance = _TOLERANCE.get(b.dtype, 1e-3)
-    a, b = a.detach().double(), b.detach().double()
+    a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (a.detach(), b.detach()))
+    a, b = a.double(), b.double()
     if not bool(torch.isfinite(b).all()):
         return bool((torch.isfinite(a) == torch.isfinite(b)).all())
     return float((a - b).norm()) <= tolerance * float(b.norm()) + noise
@@ -145,10 +159,6 @@ def _native_dropout(value: Tensor, p: float, train: bool | None) -> tuple[Tensor
     return (value * (1.0 / (1.0 - p)) if train and p < 1 else value.clone()), kept
 
 
-def _keep(value: Tensor, p: float = 0.5, **_: Any) -> Tensor:
-    return value.fill_(1.0)  # dropout draws its mask in place
-
-
 def _ones(like: Tensor) -> Tensor:
     return torch.full(like.shape, RESOLUTION - 1, dtype=torch.int32, device=like.device)
 
@@ -171,12 +181,32 @@ def _randn(size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -
 
 def _bernoulli(value: Tensor, p: float | None = None, **_: Any) -> Tensor:
     drawn = keyed_uniform(_ones(value), torch.float32)
-    return (drawn < (value if p is None else p)).to(value.dtype)
+    return keyed_bernoulli(drawn, value if p is None else p, value.dtype)
+
+
+def _bernoulli_(value: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:
+    """How dropout draws its mask, and a drop-path."""
+    return value.copy_(keyed_bernoulli(keyed_uniform(_ones(value), torch.float32), p, value.dtype))
+
+
+def _uniform_(value: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
+    return value.copy_(_rand_like(value) * (high - low) + low)
+
+
+def _normal_(value: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+    return value.copy_(_randn_like(value) * std + mean)
+
+
+def _exponential_(value: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
+    return value.copy_(keyed_exponential(_ones(value), rate, value.dtype))
 
 
 _UNDRAWN: Mapping[str, Callable[..., Any]] = {
     "native_dropout": _native_dropout,
-    "bernoulli_": _keep,
+    "bernoulli_": _bernoulli_,
+    "uniform_": _uniform_,
+    "normal_": _normal_,
+    "exponential_": _exponential_,
     "bernoulli": _bernoulli,
     "rand_like": _rand_like,
     "randn_like": _randn_like,

@@ -6,9 +6,11 @@ own parameters only, each under a seed of its own: the way for models that fit n
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ def build_recorded(build: Build, seed: int) -> Initialised:
     """Build on the meta device and record. Raises CaptureError where the constructor needs real numbers."""
     recorder = _Recorder()
     try:
-        with torch.device("meta"), recorder:
+        with torch.device("meta"), recorder, _skipping_recorded():
             model = build()
     except (NotImplementedError, RuntimeError) as error:
         raise CaptureError(
@@ -51,9 +53,58 @@ def build_recorded(build: Build, seed: int) -> Initialised:
     state = _state(model)
 
     def values(names: Iterable[str]) -> dict[str, Tensor]:
-        return {n: recorder.replay(state[n], _seed(seed, n)) for n in names}
+        made = {n: recorder.replay(state[n], _seed(seed, n)) for n in names}
+        for name, value in made.items():
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise CaptureError(
+                    f"the constructor sets no values of {name} on the meta device (it leaves torch.empty as "
+                    "it is, or its initialiser skips meta tensors): use train.init=plain"
+                )
+        return made
 
     return Initialised(model, values)
+
+
+# Initialisers of torch that skip meta tensors without a word; the one of trunc_normal_ is what it calls.
+_SKIPPING = ("orthogonal_", "_no_grad_trunc_normal_", "dirac_", "sparse_")
+
+
+@torch.library.custom_op("gpp::initialise_", mutates_args=("weight",))
+def _initialise(weight: Tensor, name: str, options: Sequence[float]) -> None:
+    """Run an initialiser of torch.nn.init by name."""
+    numbers = (int(option) for option in options) if name == "dirac_" else options
+    getattr(nn.init, name)(weight, *numbers)
+
+
+@_initialise.register_fake
+def _(weight: Tensor, name: str, options: Sequence[float]) -> None:
+    return None
+
+
+@contextmanager
+def _skipping_recorded() -> Iterator[None]:
+    """Record that such an initialiser was asked for."""
+    originals = {name: getattr(nn.init, name) for name in _SKIPPING}
+
+    def recorded(name: str) -> Callable[..., Tensor]:
+        signature = inspect.signature(originals[name])
+
+        def initialise(*args: Any, **kwargs: Any) -> Tensor:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            tensor, *options = (v for k, v in given.arguments.items() if k != "generator")
+            _initialise(tensor.detach(), name, [float(option) for option in options])
+            return cast(Tensor, tensor)
+
+        return initialise
+
+    try:
+        for name in _SKIPPING:
+            setattr(nn.init, name, recorded(name))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(nn.init, name, original)
 
 
 def _state(model: nn.Module) -> Mapping[str, Tensor]:
@@ -145,6 +196,8 @@ def _run(call: _Call, real: dict[int, Tensor]) -> None:
         real.setdefault(_storage(first), torch.empty(first.size(), dtype=first.dtype))
     arguments, options = pytree.tree_map(value, (call.arguments, call.options))
     made = call.function(*arguments, **options)
+    if "empty" in call.function._schema.name and made.is_floating_point():
+        made.fill_(float("nan"))  # what is never written is found
     for recorded, actual in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(made), strict=True):
         if isinstance(recorded, Tensor):
             real.setdefault(_storage(recorded), actual)

@@ -185,8 +185,7 @@ class _Builder:
         return self.hooks.fuse(module)
 
     def examples(self, mode: TracedMode, face: Interface, size: int) -> list[Tensor]:
-        nodes = {n.name: n for n in mode.graph.nodes}
-        known = {full: nodes[name] for name, full in {**mode.parameters, **mode.buffers}.items()}
+        known = {full: mode.nodes[name] for name, full in {**mode.parameters, **mode.buffers}.items()}
         state = []
         for name in (*self.parameters, *self.buffers):
             node = known.get(name)

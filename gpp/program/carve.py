@@ -49,9 +49,8 @@ def interface(mode: TracedMode, operators: Iterable[str]) -> Interface:
                 keys[mode.batch_keys[node.name]] = None
             elif node.name in mode.operator_of and node.name not in own:
                 inputs[node.name] = None
-        if node.name in own and any(
-            mode.operator_of.get(u.name, mode.operator_of.get(node.name)) not in chosen for u in node.users
-        ):
+        readers = {mode.operator_of[u.name] for u in node.users if u.name in mode.operator_of}
+        if mode.operator_of.get(node.name) in chosen and not readers <= chosen:
             outputs[node.name] = None
     terms = tuple(name for name, node in mode.terms.items() if node in own)
     return Interface(tuple(parameters), tuple(buffers), tuple(inputs), tuple(keys), tuple(outputs), terms)
@@ -77,7 +76,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def value_spec(mode: TracedMode, name: str) -> ValueSpec:
     """Shape, dtype and gradient of a value that crosses stages."""
-    value = next(n for n in mode.graph.nodes if n.name == name).meta["val"]
+    value = mode.nodes[name].meta["val"]
     return ValueSpec(name, tuple(int(s) for s in value.shape[1:]), value.dtype, name in mode.needs_grad)
 
 
@@ -98,7 +97,7 @@ def carve(
     chosen = frozenset(operators)
     face = interface(mode, chosen)
     needed = _needed(mode, chosen)[1]
-    nodes = {n.name: n for n in mode.graph.nodes}
+    nodes = mode.nodes
     by_parameter = {full: name for name, full in mode.parameters.items() if name in needed}
     by_buffer = {full: name for name, full in mode.buffers.items() if name in needed}
     by_key = {key: name for name, key in mode.batch_keys.items()}
@@ -173,7 +172,7 @@ def move_factories(graph: fx.Graph, device: torch.device) -> fx.Graph:
 
 def example_inputs(mode: TracedMode, face: Interface, size: int, device: torch.device) -> list[Tensor]:
     """Empty inputs, batch keys and position of the right shapes."""
-    nodes = {n.name: n for n in mode.graph.nodes}
+    nodes = mode.nodes
     by_key = {key: name for name, key in mode.batch_keys.items()}
     values = [nodes[n].meta["val"] for n in (*face.inputs, *(by_key[k] for k in face.batch_keys))]
     made = [torch.empty((size, *(int(s) for s in v.shape[1:])), dtype=v.dtype, device=device) for v in values]

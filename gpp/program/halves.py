@@ -6,7 +6,7 @@ storage twice, and parameters are handed in again.
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,11 @@ _MASKED = {
     torch.ops.aten.native_layer_norm_backward.default,
     torch.ops.aten.native_group_norm_backward.default,
     torch.ops.aten.convolution_backward.default,
+}
+_SILENT_VIEWS = {  # their schemas do not say that they share their argument's storage
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.unsafe_split.Tensor,
+    torch.ops.aten.unsafe_split_with_sizes.default,
 }
 
 
@@ -43,19 +48,22 @@ def cut(joint: Joint, parameters: int) -> Halves:
     """Cut; the first `parameters` arguments are handed to all three graphs and never stashed."""
     _split_masked(joint)
     graph = joint.module.graph
+    updates = _updates(graph)
     held = set(joint.arguments[:parameters])
-    forward = _ancestors(joint.outputs, set()) | {n for n in joint.forward_nodes if _mutates(n)}
-    forward |= _ancestors(forward, set())
-    forward = {n for n in forward if n.op != "placeholder"}
-    input_half = _ancestors(joint.input_gradients, forward) - set(joint.arguments) - set(joint.tangents)
-    weight_half = (
-        _ancestors(joint.weight_gradients, forward | input_half) - set(joint.arguments) - set(joint.tangents)
-    )
+    forward = _ancestors((*joint.outputs, *filter(_mutates, joint.forward_nodes)), set(), updates)
+    given = {*joint.arguments, *joint.tangents}
+    gradients = (*joint.input_gradients, *joint.weight_gradients)
+    backward = _ancestors(gradients, set(), updates) - given
     order = {n: i for i, n in enumerate(graph.nodes)}
-    before_weight = _crossing(weight_half, joint.weight_gradients, held, order)
+    forward = _with_parts(_with_early_readers(forward, backward, updates, order) - given)
+    input_half = _ancestors(joint.input_gradients, forward, updates) - given
+    input_half = _with_early_readers(input_half, backward - forward, updates, order)
+    input_half = _with_parts(input_half - forward - given)
+    weight_half = _ancestors(joint.weight_gradients, forward | input_half, updates) - given
+    before_weight = _crossing(weight_half, joint.weight_gradients, held, order, updates)
     weight_half |= before_weight.repeated
     before_input = _crossing(
-        input_half, (*joint.input_gradients, *before_weight.stash), held | set(joint.tangents), order
+        input_half, (*joint.input_gradients, *before_weight.stash), held | set(joint.tangents), order, updates
     )
     input_half |= before_input.repeated
 
@@ -84,7 +92,24 @@ def cut(joint: Joint, parameters: int) -> Halves:
     )
 
 
-def _ancestors(roots: Iterable[fx.Node | None], stop: set[fx.Node]) -> set[fx.Node]:
+Updates = Mapping[fx.Node, tuple[fx.Node, ...]]
+
+
+def _updates(graph: fx.Graph) -> Updates:
+    """For every value whose storage is written to: the calls that do."""
+    base: dict[fx.Node, fx.Node] = {}
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        first = node.args[0] if node.args else None
+        aliases = _mutates(node) or node.target is operator.getitem or _is_view(node)
+        base[node] = base[first] if aliases and isinstance(first, fx.Node) else node
+        if _mutates(node):
+            writers.setdefault(base[node], []).append(node)
+    return {node: tuple(writers[root]) for node, root in base.items() if root in writers}
+
+
+def _ancestors(roots: Iterable[fx.Node | None], stop: set[fx.Node], updates: Updates) -> set[fx.Node]:
+    """The roots and what they are computed from, with the calls that write to any of it."""
     found: set[fx.Node] = set()
     queue = [r for r in roots if isinstance(r, fx.Node) and r not in stop]
     while queue:
@@ -92,8 +117,34 @@ def _ancestors(roots: Iterable[fx.Node | None], stop: set[fx.Node]) -> set[fx.No
         if node in found:
             continue
         found.add(node)
-        queue += [i for i in node.all_input_nodes if i not in stop and i not in found]
+        before = (*node.all_input_nodes, *(() if node.op == "placeholder" else updates.get(node, ())))
+        queue += [i for i in before if i not in stop and i not in found]
     return found
+
+
+def _with_parts(members: set[fx.Node]) -> set[fx.Node]:
+    """The members, and what is picked out of their tuples: so a tensor crosses a cut, never a whole tuple."""
+    return members | {u for n in members for u in n.users if u.target is operator.getitem}
+
+
+def _with_early_readers(
+    members: set[fx.Node], others: set[fx.Node], updates: Updates, order: Mapping[fx.Node, int]
+) -> set[fx.Node]:
+    """The members, and those others that must read a storage before a member writes to it."""
+    found = set(members)
+    while True:
+        early = {
+            node
+            for node in others - found
+            if any(
+                writer in found and order[writer] > order[node]
+                for used in node.all_input_nodes
+                for writer in updates.get(used, ())
+            )
+        }
+        if not early:
+            return found
+        found |= _ancestors(early, found, updates)
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -107,7 +158,11 @@ class _Crossing:
 
 
 def _crossing(
-    half: set[fx.Node], results: Iterable[fx.Node | None], held: set[fx.Node], order: dict[fx.Node, int]
+    half: set[fx.Node],
+    results: Iterable[fx.Node | None],
+    held: set[fx.Node],
+    order: dict[fx.Node, int],
+    updates: Updates,
 ) -> _Crossing:
     """What a half reads from before it: stashed, or computed again if that costs nothing."""
     stash: set[fx.Node] = set()
@@ -118,7 +173,7 @@ def _crossing(
         node = queue.pop()
         if node in held or node in stash or node in repeated or node in half:
             continue
-        if _is_free(node):
+        if _is_free(node) and (node not in updates or _is_view(node)):
             repeated.add(node)
             queue += node.all_input_nodes
         else:
@@ -130,11 +185,18 @@ def _is_free(node: fx.Node) -> bool:
     """A view, or a constant made from no tensor: repeating it costs less than keeping it."""
     if node.op == "get_attr":
         return True
+    if node.target is operator.getitem:
+        return all(_is_free(source) for source in node.all_input_nodes)
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if node.target.is_view:
+    if _is_view(node):
         return True
     return not node.all_input_nodes and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (target.is_view or target in _SILENT_VIEWS)
 
 
 def _graph(

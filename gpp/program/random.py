@@ -83,6 +83,16 @@ def keyed_normal(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     return (radius * torch.cos(angle)).to(dtype)
 
 
+def keyed_exponential(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+    """Exponential numbers of that rate, never 0 (their logarithm is taken)."""
+    return (torch.log((bits.to(torch.float32) + 0.5) * (1.0 / RESOLUTION)) * (-1.0 / rate)).to(dtype)
+
+
+def keyed_bernoulli(uniform: Tensor, probability: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """One where a uniform number lies in the upper part of that size, as dropout keeps."""
+    return (uniform >= 1.0 - probability).to(dtype)
+
+
 def keyed_dropout(value: Tensor, bits: Tensor, p: float) -> Tensor:
     """Inverted dropout: kept elements are scaled by 1 / (1 - p)."""
     if p >= 1.0:
@@ -148,19 +158,22 @@ def is_random(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target._schema.name
-    arguments = _arguments(node)
+    given = arguments(node)
     if name == "aten::scaled_dot_product_attention":
-        return bool(arguments["dropout_p"] > 0)
+        return bool(given["dropout_p"] > 0)
     if name in _DROPOUTS:
-        return bool(arguments["p"] > 0 and arguments["train"])
+        return bool(given["p"] > 0 and given["train"])
+    if name in _RECURRENT:
+        return bool(given["dropout"] > 0 and given["train"])
     return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 _DROPOUTS = ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::dropout_")
+_RECURRENT = ("aten::gru", "aten::lstm", "aten::rnn_tanh", "aten::rnn_relu")
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen call by name, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload)
     bound: dict[str, Any] = {}
     for index, argument in enumerate(node.target._schema.arguments):
@@ -176,7 +189,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 def _keyed_node(graph: fx.Graph, node: fx.Node, seed: int, name: str, batch: Any) -> fx.Node | None:
     assert isinstance(node.target, torch._ops.OpOverload)
     op = node.target._schema.name.removeprefix("aten::")
-    given = _arguments(node)
+    given = arguments(node)
     value = node.meta["val"]
 
     def call(target: Callable[..., Any], *args: Any) -> fx.Node:
@@ -217,18 +230,31 @@ def _keyed_node(graph: fx.Graph, node: fx.Node, seed: int, name: str, batch: Any
         return call(keyed_uniform, bits(value.shape), value.dtype)
     if op in ("randn_like", "randn"):
         return call(keyed_normal, bits(value.shape), bits(value.shape, "second"), value.dtype)
+    if op == "uniform":
+        return call(_between, call(keyed_uniform, bits(value.shape), value.dtype), given["from"], given["to"])
+    if op == "normal_functional":
+        drawn = call(keyed_normal, bits(value.shape), bits(value.shape, "second"), value.dtype)
+        return call(_between, drawn, given["mean"], given["mean"] + given["std"])
+    if op == "exponential":
+        return call(keyed_exponential, bits(value.shape), given["lambd"], value.dtype)
     if op == "bernoulli":
         probability = given["p"] if given.get("p") is not None else given["self"]
         drawn = call(keyed_uniform, bits(value.shape), torch.float32)
-        return call(_below, drawn, probability, value.dtype)
+        return call(keyed_bernoulli, drawn, probability, value.dtype)
+    if f"aten::{op}" in _RECURRENT:
+        raise RandomNodeError(
+            f"{name} drops elements between its layers, inside one operator: build it of single layers with "
+            "nn.Dropout between them, or set its dropout to 0"
+        )
     raise RandomNodeError(
         f"{name} draws random numbers by {op}, which has no keyed form: the model would give other numbers "
-        "under every plan. Use dropout, rand_like, randn_like or bernoulli, or draw them in the data set"
+        "under every plan. Use dropout, rand, randn, bernoulli, uniform_, normal_ or exponential_, "
+        "or draw them in the data set"
     )
 
 
-def _below(drawn: Tensor, probability: Tensor | float, dtype: torch.dtype) -> Tensor:
-    return (drawn < probability).to(dtype)
+def _between(drawn: Tensor, low: float, high: float) -> Tensor:
+    return drawn * (high - low) + low
 
 
 def _sample_dimension(shape: Sequence[Any], batch: Any, name: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Nodes are named as in the graph. Per-sample values have the samples in dimension
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class TracedMode:
     boundary: frozenset[str]
     needs_grad: frozenset[str]
     terms: Mapping[str, str]
+
+    @cached_property
+    def nodes(self) -> dict[str, torch.fx.Node]:
+        """The nodes of the graph by name."""
+        return {node.name: node for node in self.graph.nodes}
 
     @property
     def graph(self) -> torch.fx.Graph:

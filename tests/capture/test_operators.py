@@ -1,0 +1,82 @@
+"""Operators: which nodes they hold, what they are called, what they cost."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpp.capture.capture import Captured, capture
+from tests.program.models import MODELS
+
+
+def captured(name: str) -> Captured:
+    torch.manual_seed(0)
+    model, make = MODELS[name]
+    return capture(model(), make(4))
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.d = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        joined = (self.a(x).relu() + self.b(x).tanh()).sigmoid()
+        return F.cross_entropy(self.d(joined), y)
+
+
+def towers() -> Captured:
+    return capture(Towers(), {"x": torch.randn(4, 6), "y": torch.zeros(4, dtype=torch.int64)})
+
+
+def test_a_join_belongs_to_no_branch() -> None:
+    graph = towers().graph
+    assert [op.name for op in graph.operators] == ["a", "b", "d"]
+    assert set(graph.edges) == {(0, 2), (1, 2)}
+
+
+def test_costs_of_a_linear_layer() -> None:
+    a, _, d = towers().graph.operators
+    relu = 8
+    assert a.forward.flops == 2 * 6 * 8 + relu
+    assert a.forward.bytes_per_call == 4 * (6 * 8 + 8)
+    assert a.backward_input.flops == relu  # x is of the batch: nothing flows back to it
+    assert a.backward_weight.flops == 2 * 6 * 8
+    assert a.stash == 4 * (6 + 8) or a.stash == 4 * 8  # relu keeps its result, the layer its input
+    assert d.backward_input.flops >= 2 * 8 * 5 and d.backward_weight.flops == 2 * 8 * 5
+    assert [(p.name, p.bytes, p.trainable) for p in a.parameters] == [
+        ("a.bias", 32, True),
+        ("a.weight", 192, True),
+    ]
+    assert a.outputs[0].shape == (8,) and a.outputs[0].needs_grad
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_hold_in_both_modes_and_crossing_values_are_per_sample(name: str) -> None:
+    found = captured(name)
+    names = set(found.graph.index)
+    for mode in (found.traced.train, found.traced.evaluate):
+        assert set(mode.operator_of.values()) <= names
+        assert all(mode.nodes[b].meta["val"].dim() > 0 for b in mode.boundary)
+    assert all(found.graph.is_convex([i]) for i in range(len(names)))
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("ResNet", ["a.c1", "a.side", "a.c2", "b.c1", "b.side", "b.c2", "c"]),
+        ("UNet", ["down.0", "down.2", "middle.0", "middle.2", "raise_", "up.0", "up.2", "out"]),
+        ("Recurrent", ["e", "gru", "lstm", "o"]),
+        ("Recommender", ["bags.0", "bags.1", "bottom", "bmm", "top"]),
+        ("Blocks", ["twice", "twice#2", "sides.left", "sides.right", "out"]),
+    ],
+)
+def test_operators_are_named_after_their_modules(name: str, expected: list[str]) -> None:
+    found = {op.name for op in captured(name).graph.operators}
+    assert set(expected) <= found
+
+
+def test_metrics_alone_carry_no_gradient() -> None:
+    graph = captured("Unused").graph
+    probe = graph.operators[graph.index["probe"]]
+    assert probe.terms and not probe.backward_weight.flops and not probe.backward_input.flops
