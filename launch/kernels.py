@@ -20,7 +20,7 @@ def hooks(config: DictConfig) -> Hooks:
 
             return Hooks(fuse=lambda module: fuse(module)[0])
         case "inductor":
-            return Hooks(compile=_inductor)
+            return Hooks(compile=_inductor, warm_up=True)
         case _:
             return Hooks()
 

@@ -128,7 +128,7 @@ class _Mode:
             attached=self.grouping.attached,
             boundary=frozenset(n.name for ns in boundary(self.exported, self.grouping).values() for n in ns),
             needs_grad=frozenset(),
-            terms={name: name for name in sorted(self.tails.terms)},
+            terms={n.name: n.name for n in self.exported.module.graph.nodes if n.name in self.tails.terms},
         )
 
 

@@ -120,6 +120,12 @@ def _shaped(cost: NodeCost, value: Any) -> NodeCost:
     return cost
 
 
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of the CPU's fused attention, which torch's table lacks: a product with keys, one with values."""
+    rows = math.prod(query.shape[:-1])
+    return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up what is dispatched below autograd while one node runs."""
 
@@ -141,7 +147,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.cost.kernels += 1
         self.cost.bytes += sum(math.prod(t.shape) * t.element_size() for t in [*tensors, *made])
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.cost.flops += _attention_flops(*args[:3])
+        elif formula is not None:
             self.cost.flops += formula(*args, **kwargs, out_val=result)
         else:
             self.cost.flops += max(math.prod(t.shape) for t in [*tensors, *made])

@@ -33,10 +33,12 @@ Compile = Callable[[fx.GraphModule], Callable[..., Any]]
 @dataclass(frozen=True)
 class Hooks:
     """What kernels are used: `fuse` rewrites a forward graph before the joint trace, `compile` makes each
-    graph callable after it."""
+    graph callable after it. `warm_up`: call each once on zeros, where compiling waits for the first call and
+    must not happen in a rank's thread."""
 
     fuse: Fuse = lambda module: module
     compile: Compile = lambda module: module
+    warm_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def build_stage(
     operators = plan.stage_graph.stages[index].operators
     train_face = interface(traced.train, operators)
     evaluation_face = interface(traced.evaluate, operators)
+    _check_learned_here(traced, plan, index, train_face, evaluation_face)
     parameters = tuple(dict.fromkeys((*train_face.parameters, *evaluation_face.parameters)))
     buffers = tuple(dict.fromkeys((*train_face.buffers, *evaluation_face.buffers)))
     build = _Builder(traced, operators, parameters, buffers, roots, device, hooks)
@@ -145,6 +148,21 @@ def build_stage(
             {n: build.evaluate(evaluation_face, n) for n in sorted(set(evaluation_sizes))},
         ),
     )
+
+
+def _check_learned_here(
+    traced: TracedModel, plan: Plan, index: int, train_face: Interface, evaluation_face: Interface
+) -> None:
+    """A parameter that evaluation alone reads in this stage, and training in another, never learns here."""
+    extra = {p for p in evaluation_face.parameters if traced.trainable[p]} - set(train_face.parameters)
+    stages = plan.stage_graph.stages
+    for other, stage in enumerate(stages):
+        held = extra & set(interface(traced.train, stage.operators).parameters) if other != index else None
+        if held:
+            raise ProgramError(
+                f"evaluation reads {min(held)} in stage {stages[index].name}, training only in {stage.name}: "
+                "the copy here would keep its initial value. Read it in both modes, or choose another plan"
+            )
 
 
 def _functions(
@@ -215,9 +233,27 @@ class _Builder:
             ],
         )
         flowing = [s for s in _specs(mode, face.inputs) if s.needs_grad]
-        return _train_functions(
+        functions = _train_functions(
             cut(joint, count), self.hooks.compile, len(outputs), len(face.terms), flowing, size, self.device
         )
+        if self.hooks.warm_up:
+            with torch.no_grad():
+                made = self.called(functions, mode, face, size)
+                tangents = [
+                    torch.zeros_like(v) for v, s in zip(made.outputs, outputs, strict=True) if s.needs_grad
+                ]
+                state = [torch.zeros_like(v) for v in self.examples(mode, face, size)[:count]]
+                back = functions.backward_input(state, list(made.stash), tangents)
+                functions.backward_weight(state, list(back.stash))
+        return functions
+
+    def called(
+        self, functions: TrainFunctions, mode: TracedMode, face: Interface, size: int
+    ) -> ForwardResult:
+        """One forward on zeros."""
+        given = [torch.zeros_like(v) for v in self.examples(mode, face, size)]
+        first, second = len(self.parameters), len(self.parameters) + len(self.buffers)
+        return functions.forward(given[:first], given[first:second], given[second:-1], given[-1])
 
     def evaluate(self, face: Interface, size: int) -> TrainFunctions:
         run = self.hooks.compile(self.forward_graph(self.traced.evaluate, size))
@@ -232,7 +268,11 @@ class _Builder:
             results = run(*parameters, *buffers, *inputs, position)
             return ForwardResult(results[:outputs], results[outputs:], ())
 
-        return TrainFunctions(forward, _no_backward, _no_backward)
+        functions = TrainFunctions(forward, _no_backward, _no_backward)
+        if self.hooks.warm_up:
+            with torch.no_grad():
+                self.called(functions, self.traced.evaluate, face, size)
+        return functions
 
 
 def _no_backward(*_: Any) -> Any:

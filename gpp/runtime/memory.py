@@ -4,6 +4,8 @@ Linux keeps a high-water mark that can be set back; elsewhere it covers the whol
 what was needed before counts too.
 """
 
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -14,11 +16,21 @@ _RESET = Path("/proc/self/clear_refs")
 
 def start_of_peak() -> int:
     """Begin anew with the high-water mark; returns the resident bytes of now."""
+    _give_back()
     try:
         _RESET.write_text("5")  # proc(5): sets the peak resident size back to the current one
         return _status("VmRSS")
     except (OSError, KeyError):
         return peak()
+
+
+def _give_back() -> None:
+    """What was freed but still lies in the C library's heap would hide what is needed next."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library than glibc
 
 
 def peak() -> int:

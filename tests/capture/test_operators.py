@@ -80,3 +80,23 @@ def test_metrics_alone_carry_no_gradient() -> None:
     graph = captured("Unused").graph
     probe = graph.operators[graph.index["probe"]]
     assert probe.terms and not probe.backward_weight.flops and not probe.backward_input.flops
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads)
+        return F.cross_entropy(self.d(mixed.mean((1, 2))), y)
+
+
+def test_costs_of_attention() -> None:
+    """Two products of 6 x 6 x 4 in each of two heads, two FLOPs a multiplication."""
+    batch = {"x": torch.randn(4, 6, 8), "y": torch.zeros(4, dtype=torch.int64)}
+    attention = capture(Mixer(), batch).graph.operators[0]
+    assert attention.kind == "attention"
+    products = 2 * 2 * 2 * (6 * 6 * 4)
+    assert products <= attention.forward.flops <= 1.5 * products

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gpp.capture.capture import capture
-from gpp.program.build import mode_plan
+from gpp.program.build import Hooks, Roots, build_stage, mode_plan
 from gpp.program.carve import ProgramError
 
 from .stitched import captured_and_verified, plan_of, programs, run_stages, state_of
@@ -97,3 +97,48 @@ def test_norms_and_convolutions_fall_apart_into_halves() -> None:
     masks = [line.partition("[")[2] for line in seen]
     assert any(m.startswith("True") for m in masks) and any(m.startswith("False") for m in masks)
     assert not any(m.startswith("True") and "True" in m[4:] for m in masks), seen
+
+
+class LateReader(nn.Module):
+    """Evaluation reads the first layer's weight in the last one too; training does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.c(self.b(self.a(x)))
+        return F.cross_entropy(z if self.training else z + self.a.weight[:5, 0], y)
+
+
+def test_a_copy_that_would_never_learn_is_refused() -> None:
+    captured = capture(LateReader(), batch())
+    plan = plan_of(captured)
+    with pytest.raises(ProgramError, match=r"evaluation reads a\.weight in stage c, training only in a"):
+        programs(captured, plan, 2)
+
+
+def test_compiled_graphs_are_called_before_any_step() -> None:
+    captured = capture(Modes(), batch())
+    plan = plan_of(captured)
+    called: list[fx.GraphModule] = []
+
+    def compile_(module: fx.GraphModule):
+        def run(*arguments):
+            called.append(module)
+            return module(*arguments)
+
+        return run
+
+    build_stage(
+        captured.traced,
+        plan,
+        mode_plan(plan, captured.traced.evaluate),
+        1,
+        Roots(captured.roots, True),
+        train_sizes=[2],
+        evaluation_sizes=[2, 1],
+        device=torch.device("cpu"),
+        hooks=Hooks(compile=compile_, warm_up=True),
+    )
+    assert len(called) == 3 + 2
