@@ -28,7 +28,6 @@ from gpp.program.stage import StageProgram
 from gpp.runtime.agreement import same
 from gpp.runtime.communicator import Communicator
 from gpp.runtime.data import Batches, Dataset, Subset, hold_out
-from gpp.runtime.results import ModeResults
 from gpp.runtime.schedules import Schedules, call_sizes, schedules
 from gpp.runtime.state import Clipping, MakeOptimizer, StageState
 from gpp.schedule.check import check
@@ -70,16 +69,6 @@ class Job:
     evaluation: Plan
     lowered: Schedules
     planner_seconds: float
-
-    @property
-    def train_results(self) -> ModeResults:
-        """Loss and metrics of training."""
-        return ModeResults(self.material.captured.train.loss, self.material.captured.train.metrics)
-
-    @property
-    def evaluate_results(self) -> ModeResults:
-        """Loss and metrics of evaluation."""
-        return ModeResults(self.material.captured.evaluate.loss, self.material.captured.evaluate.metrics)
 
     def stage_of(self, rank: int) -> int | None:
         """The stage that a rank works on, None for an idle one."""

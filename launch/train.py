@@ -85,6 +85,11 @@ def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
     print(plan_table(job.plan))
     if captured.coupled:
         print(f"mixes samples per micro-batch, as gradient accumulation does: {', '.join(captured.coupled)}")
+    for name, count in captured.merged.items():
+        print(
+            f"{name} cannot be cut inside: its {count} heavy nodes pass values whose dimension 0 is not the "
+            "samples (batch_first=False, or samples and sequence flattened)"
+        )
     if captured.coupled_metrics:
         print(f"averaged over micro-batches, not over samples: {', '.join(captured.coupled_metrics)}")
     beyond = range(len(job.plan.topology.devices), ranks)
@@ -120,8 +125,8 @@ def _rank(
         job.lowered,
         program,
         state,
-        job.train_results,
-        job.evaluate_results,
+        job.material.captured.train,
+        job.material.captured.evaluate,
         job.material.device,
     )
     settings = job.material.settings

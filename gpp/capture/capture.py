@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from gpp.graph import ComputationGraph
 from gpp.program.random import arguments
-from gpp.program.stage import TermSum
+from gpp.program.stage import Results, TermSum
 from gpp.program.traced import TracedMode, TracedModel, symbol
 
 from .dependence import Dependences, dependences
@@ -20,13 +20,7 @@ from .measure import NodeCost, measure
 from .operators import boundary, build_graph
 from .tail import Tails, split_tails
 
-
-@dataclass(frozen=True)
-class Results:
-    """What a mode returns: the loss and the metrics as sums of terms."""
-
-    loss: TermSum
-    metrics: tuple[TermSum, ...]
+MANY = 4  # heavy nodes: more than torch's own attention has
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,9 @@ class Captured:
 
     `roots` are the seeds of the loss terms' gradients. `loss_coupled` is set where the loss of a batch does
     not follow from its halves' losses: it mixes samples, or divides by something else than their number.
-    `coupled_metrics` are metrics of that kind: they are averaged over micro-batches.
+    `coupled_metrics` are metrics of that kind: they are averaged over micro-batches. `merged` counts the
+    heavy nodes of operators that hold many, because the values between them do not have the samples in
+    dimension 0.
     """
 
     graph: ComputationGraph
@@ -46,6 +42,7 @@ class Captured:
     coupled: tuple[str, ...]
     loss_coupled: bool
     coupled_metrics: tuple[str, ...]
+    merged: Mapping[str, int]
 
 
 def capture(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> Captured:
@@ -95,6 +92,7 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> 
         coupled=tuple(op.name for op in graph.operators if op.batch_coupled),
         loss_coupled=loss_coupled,
         coupled_metrics=tuple(m.name for m in train.tails.metrics if _mixing(train, m)),
+        merged={name: n for name, n in train.grouping.heavy.items() if n > MANY},
     )
 
 

@@ -33,12 +33,14 @@ _NORMS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
 @dataclass(frozen=True)
 class Grouping:
     """`operator_of` names the operator of every batch-dependent call outside the tails; `attached` that of
-    buffer updates without a batch input; `kinds` what each operator mainly is. Operators are in order."""
+    buffer updates without a batch input; `kinds` what each operator mainly is,
+    `heavy` how many heavy nodes it has. Operators are in order."""
 
     names: tuple[str, ...]
     operator_of: Mapping[str, str]
     attached: Mapping[str, str]
     kinds: Mapping[str, str]
+    heavy: Mapping[str, int]
 
 
 def base_name(node: fx.Node) -> str:
@@ -59,7 +61,7 @@ def group(exported: Exported, facts: Dependences, tails: Tails) -> Grouping:
         and (facts.kind[n.name] is Dependence.SAMPLES or n.name in tails.terms)
     ]
     groups = _first_groups(nodes, facts)
-    _absorb_light(nodes, groups)
+    _absorb_light(nodes, groups, facts)
     _give_views_to_readers(nodes, groups, facts)
     _merge(nodes, groups, _bonds(exported, facts, tails, nodes))
     return _named(exported, nodes, groups)
@@ -116,13 +118,22 @@ def _edges(nodes: list[fx.Node], groups: Mapping[fx.Node, int]) -> dict[int, set
     return readers
 
 
-def _absorb_light(nodes: list[fx.Node], groups: dict[fx.Node, int]) -> None:
-    """A group without a heavy node joins its only reader; contracting such an edge makes no cycle."""
+def _absorb_light(nodes: list[fx.Node], groups: dict[fx.Node, int], facts: Dependences) -> None:
+    """A group without a heavy node joins its only reader; contracting such an edge makes no cycle.
+
+    Not one that must stay with what it reads, because that cannot cross: it would tie its reader to it too.
+    """
+    tied = {
+        groups[n]
+        for n in nodes
+        for used in n.all_input_nodes
+        if groups.get(used, groups[n]) != groups[n] and used.name not in facts.per_sample
+    }
     heavy = {groups[n] for n in nodes if base_name(n) in _HEAVY}
     readers = _edges(nodes, groups)
     into: dict[int, int] = {}
     for g in sorted(readers, reverse=True):
-        if g in heavy:
+        if g in heavy or g in tied:
             continue
         targets = {into.get(r, r) for r in readers[g]}
         if len(targets) == 1:
@@ -212,14 +223,17 @@ def _named(exported: Exported, nodes: list[fx.Node], groups: Mapping[fx.Node, in
     taken: dict[str, int] = {}
     names: dict[int, str] = {}
     kinds: dict[str, str] = {}
+    heavy: dict[str, int] = {}
     for g in order:
         base, kind = _describe(members[g])
         count = taken.setdefault(base, 0)
         taken[base] += 1
         names[g] = base if count == 0 else f"{base}#{count + 1}"
         kinds[names[g]] = kind
+        heavy[names[g]] = sum(base_name(n) in _HEAVY for n in members[g])
     operator_of = {node.name: names[groups[node]] for node in nodes}
-    return Grouping(tuple(names[g] for g in order), operator_of, _attach(exported, nodes, operator_of), kinds)
+    attached = _attach(exported, nodes, operator_of)
+    return Grouping(tuple(names[g] for g in order), operator_of, attached, kinds, heavy)
 
 
 def _topological(

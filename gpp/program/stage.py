@@ -116,3 +116,11 @@ class TermSum:
     terms: tuple[tuple[str, float], ...]
     constant: float
     weight: tuple[tuple[str, float], ...] | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the model returns in training or in evaluation: the loss and the metrics."""
+
+    loss: TermSum
+    metrics: tuple[TermSum, ...]

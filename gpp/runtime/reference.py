@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gpp.program.carve import carve, interface
+from gpp.program.stage import Results
 from gpp.program.traced import TracedModel
 
-from .results import ModeResults, Total, combine
+from .results import Total, combine
 from .state import MakeOptimizer
 
 
@@ -35,8 +36,8 @@ class Reference:
         self,
         traced: TracedModel,
         roots: Mapping[str, float],
-        train: ModeResults,
-        evaluate: ModeResults,
+        train: Results,
+        evaluate: Results,
         values: Mapping[str, Tensor],
         make_optimizer: MakeOptimizer,
         max_norm: float | None = None,

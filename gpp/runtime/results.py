@@ -8,14 +8,6 @@ from gpp.program.stage import TermSum
 Terms = Mapping[str, Sequence[tuple[int, int, float]]]  # by name: (start, stop, value) of each piece
 
 
-@dataclass(frozen=True)
-class ModeResults:
-    """The loss and the metrics of training or of evaluation."""
-
-    loss: TermSum
-    metrics: tuple[TermSum, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Total:
     """A result's numerator and divisor, to be added up over steps."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpp.plan import Plan
-from gpp.program.stage import StageProgram
+from gpp.program.stage import Results, StageProgram
 from gpp.schedule.task import Schedule
 from gpp.trace import Span, Trace
 
@@ -19,7 +19,7 @@ from .executor import Executor
 from .neighbors import check_neighbors
 from .prefetch import Prefetcher
 from .reports import COLLECTOR, Reports
-from .results import ModeResults, Total, combine
+from .results import Total, combine
 from .schedules import Schedules
 from .state import StageState
 
@@ -72,8 +72,8 @@ class Trainer:
         lowered: Schedules,
         program: StageProgram | None,
         state: StageState | None,
-        train: ModeResults,
-        evaluate: ModeResults,
+        train: Results,
+        evaluate: Results,
         device: torch.device,
     ) -> None:
         self.comm = comm
@@ -93,7 +93,7 @@ class Trainer:
             for i, (size, schedule) in enumerate(lowered.evaluate.items())
         }
 
-    def _runner(self, plan: Plan, schedule: Schedule, results: ModeResults, number: int) -> "_Runner":
+    def _runner(self, plan: Plan, schedule: Schedule, results: Results, number: int) -> "_Runner":
         executor = Executor(self.comm, plan, schedule, self.program, self.state, results.loss, self.device)
         tag = 2 * (len(self.plan.stage_graph.edges) + len(plan.stage_graph.edges)) + number
         return _Runner(executor, Reports(self.comm, schedule, self.program, tag))

@@ -100,3 +100,23 @@ def test_costs_of_attention() -> None:
     assert attention.kind == "attention"
     products = 2 * 2 * 2 * (6 * 6 * 4)
     assert products <= attention.forward.flops <= 1.5 * products
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.d = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), 2, enable_nested_tensor=False
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.d(self.encoder(self.a(x).transpose(0, 1)).mean(0)), y)
+
+
+def test_what_cannot_be_cut_inside_is_counted() -> None:
+    batch = {"x": torch.randn(4, 6, 8), "y": torch.zeros(4, dtype=torch.int64)}
+    found = capture(SequenceFirst(), batch)
+    assert [op.name for op in found.graph.operators] == ["a", "encoder.layers", "d"]
+    assert found.merged == {"encoder.layers": 10}
+    assert towers().merged == {}

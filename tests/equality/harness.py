@@ -20,7 +20,7 @@ from gpp.runtime.communicator import Communicator
 from gpp.runtime.executor import Executor
 from gpp.runtime.reference import Reference
 from gpp.runtime.reports import Reports
-from gpp.runtime.results import ModeResults, Total, combine
+from gpp.runtime.results import Total, combine
 from gpp.runtime.schedules import Schedules, pieces_of, schedules
 from gpp.runtime.state import Clipping, StageState
 from gpp.schedule.check import check
@@ -150,8 +150,8 @@ class Outcome:
 
 def run_rank(ready: Ready, comm: Communicator, program: StageProgram | None) -> Outcome:
     case, captured = ready.case, ready.captured
-    train = ModeResults(captured.train.loss, captured.train.metrics)
-    evaluate = ModeResults(captured.evaluate.loss, captured.evaluate.metrics)
+    train = captured.train
+    evaluate = captured.evaluate
     state = None
     if program is not None:
         owned = {n: ready.values[n].clone() for n in (*program.parameters, *program.buffers)}
@@ -212,8 +212,8 @@ def reference(ready: Ready) -> tuple[Reference, list, dict[str, float]]:
     single = Reference(
         captured.traced,
         captured.roots,
-        ModeResults(captured.train.loss, captured.train.metrics),
-        ModeResults(captured.evaluate.loss, captured.evaluate.metrics),
+        captured.train,
+        captured.evaluate,
         ready.values,
         case.make_optimizer,
         case.clip,
