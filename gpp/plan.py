@@ -4,6 +4,7 @@ Seconds, bytes, samples. A plan simulates by itself: it needs neither the model 
 made with, only their fingerprints. One function, `stage_memory`, states the memory model.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,14 @@ class PlanError(ValueError):
     """A plan that breaks a rule, or a request that no plan can meet."""
 
 
+_AMOUNTS = ("stash", "weight_stash", "parameter_bytes", "trainable_bytes", "optimizer_bytes", "buffer_bytes")
+
+
+def _check_amount(what: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise PlanError(f"{what} must be a finite number of at least 0, it is {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
     """Times of one micro-batch on one replica (of `update`: of one step)."""
@@ -27,6 +36,10 @@ class StageSeconds:
     backward_weight: float
     recompute: float = 0.0
     update: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward_input", "backward_weight", "recompute", "update"):
+            _check_amount(f"seconds.{name} of a stage", getattr(self, name))
 
     @property
     def backward(self) -> float:
@@ -71,6 +84,8 @@ class Stage:
                 f"stage {self.name}: micro_batch, k and in_flight must be at least 1, they are "
                 f"{self.micro_batch}, {self.k}, {self.in_flight}"
             )
+        for name in _AMOUNTS:
+            _check_amount(f"{name} of stage {self.name}", getattr(self, name))
         if self.micro_batch % len(self.devices):
             raise PlanError(
                 f"micro-batch {self.micro_batch} of stage {self.name} does not divide over its "
@@ -276,7 +291,8 @@ def check_plan(plan: Plan, graph: ComputationGraph | None = None) -> None:
     """Raise PlanError unless the plan is valid (GraphPipe §3, C1-C3 and the memory constraint).
 
     Without the graph only what the plan knows of itself is checked: devices and memory. With it also that the
-    stages partition the operators, each stage is convex, and the edges are exactly the graph's.
+    stages partition the operators, each stage is convex, and the edges join the same stages as the
+    graph's (what they carry is the capture's to say).
     """
     for index, stage in enumerate(plan.stage_graph.stages):
         need = stage_memory(plan.stage_graph, index).total
@@ -284,8 +300,8 @@ def check_plan(plan: Plan, graph: ComputationGraph | None = None) -> None:
             have = plan.topology.devices[device].memory
             if need > have:
                 raise PlanError(
-                    f"stage {stage.name} needs {need / 2**20:.1f} MiB on device {device}, which has "
-                    f"{have / 2**20:.1f} MiB; use more devices or a smaller train.micro_batch"
+                    f"stage {stage.name} needs {need / 2**20:.4g} MiB on device {device}, which has "
+                    f"{have / 2**20:.4g} MiB; use more devices or a smaller train.micro_batch"
                 )
     if graph is not None:
         _check_against_graph(plan, graph)

@@ -6,6 +6,7 @@ run inside `guarded`, and what all ranks do before training inside `together`.
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -27,6 +28,9 @@ _EXPECTED_NAMES = ("DisagreementError", "CommunicationError")  # by name: import
 
 # Lines of Hydra's messages that say nothing about the mistake.
 _NOISE = ("Config search path", "provider=", "full_key:", "object_type=", "See https://hydra.cc")
+
+
+GRACE = 1.0  # seconds
 
 
 class Leaving(SystemExit):
@@ -86,6 +90,8 @@ def guarded(comm: "Communicator | None", run: Callable[[], T]) -> T:
         several = comm is not None and comm.size > 1
         who = f"rank {comm.rank}: " if comm is not None and several else ""
         silenced = comm is not None and comm.rank > 0
+        if silenced:
+            time.sleep(GRACE)  # what fails on several ranks is said by the first alone: it ends the others
         print(f"error: {who}{explain(problem)}", file=sys.__stderr__ if silenced else sys.stderr, flush=True)
         if comm is not None and several:
             comm.abort(1)

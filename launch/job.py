@@ -194,17 +194,27 @@ def program_of(config: DictConfig, job: Job, rank: int) -> StageProgram | None:
     sizes: set[int] = set()
     for schedule in job.lowered.evaluate.values():
         sizes |= call_sizes(schedule, rank)
-    return build_stage(
-        captured.traced,
-        job.plan,
-        job.evaluation,
-        stage,
-        Roots(captured.roots, captured.train.loss.weight is None),
-        train_sizes=call_sizes(job.lowered.train, rank),
-        evaluation_sizes=sizes,
-        device=job.material.device,
-        hooks=hooks(config),
-    )
+    trained = call_sizes(job.lowered.train, rank)
+    try:
+        return build_stage(
+            captured.traced,
+            job.plan,
+            job.evaluation,
+            stage,
+            Roots(captured.roots, captured.train.loss.weight is None),
+            train_sizes=trained,
+            evaluation_sizes=sizes,
+            device=job.material.device,
+            hooks=hooks(config),
+        )
+    except (RuntimeError, ZeroDivisionError) as error:
+        few = sorted({*trained, *sizes})
+        name = job.plan.stage_graph.stages[stage].name
+        raise SettingsError(
+            f"stage {name} cannot be traced for calls of {', '.join(map(str, few))} samples: "
+            f"{str(error).strip().splitlines()[0]}. Batch norm, for one, needs more than one sample: use a "
+            "larger train.micro_batch"
+        ) from error
 
 
 def state_of(job: Job, program: StageProgram | None, initialised: Initialised) -> StageState | None:

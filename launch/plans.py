@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from gpp.graph import ComputationGraph, GraphError, graph_from_json
@@ -165,7 +167,7 @@ def _policy_text(wanted: Policy) -> str:
 
 
 def _text(path: str, what: str) -> str:
-    file = Path(path)
+    file = Path(to_absolute_path(path) if HydraConfig.initialized() else path)
     if not file.is_file():
         raise SettingsError(f"there is no {what} file {path}")
     try:

@@ -112,13 +112,20 @@ def train_settings(config: DictConfig) -> TrainSettings:
         steps=whole(config, "train.steps", 0),
         mini_batch=whole(config, "train.mini_batch", 1),
         micro_batch="auto" if micro == "auto" else whole(config, "train.micro_batch", 1),
-        seed=whole(config, "train.seed", 0),
+        seed=_seed(config),
         init=choice(config, "train.init", ("plain", "recorded")),
         verify=verify,
         clip_norm=None if clip is None else number(config, "train.clip_norm", above=0.0),
         held_out=share,
         log_every=whole(config, "train.log_every", 1),
     )
+
+
+def _seed(config: DictConfig) -> int:
+    seed = whole(config, "train.seed", 0)
+    if seed >= 1 << 63:
+        raise SettingsError(f"train.seed must be below 2**63, it is {seed}")
+    return seed
 
 
 def device_count(config: DictConfig, world: int | None) -> int:

@@ -79,6 +79,8 @@ def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
     from gpp.plan_table import device_ranges, plan_table
 
     captured, settings = job.material.captured, job.material.settings
+    for old in ("result.json", "trace.json"):  # of an earlier run into this folder
+        (folder / old).unlink(missing_ok=True)
     (folder / "plan.json").write_text(plan_to_json(job.plan))
     (folder / "graph.json").write_text(graph_to_json(captured.graph))
     (folder / "config.yaml").write_text(own_yaml(config))

@@ -13,7 +13,7 @@ from gpp.program.random import arguments
 from gpp.program.stage import Results, TermSum
 from gpp.program.traced import TracedMode, TracedModel, symbol
 
-from .dependence import Dependences, dependences
+from .dependence import Dependence, Dependences, dependences
 from .export import CaptureError, Exported, export_mode
 from .grouping import Grouping, base_name, group
 from .measure import NodeCost, measure
@@ -86,8 +86,8 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> 
             evaluate=_matched(evaluate, graph).traced(),
             trainable=trainable,
         ),
-        train=Results(train.tails.loss, train.tails.metrics),
-        evaluate=Results(evaluate.tails.loss, evaluate.tails.metrics),
+        train=Results(train.tails.loss, train.tails.metrics, train.tails.ignored),
+        evaluate=Results(evaluate.tails.loss, evaluate.tails.metrics, evaluate.tails.ignored),
         roots=train.tails.roots,
         coupled=tuple(op.name for op in graph.operators if op.batch_coupled),
         loss_coupled=loss_coupled,
@@ -163,6 +163,17 @@ def _matched(mode: _Mode, graph: ComputationGraph) -> _Mode:
     )
 
 
+def _sums_over_batch(mode: _Mode, node: Node) -> int:
+    """How many operands are scalars that depend on the batch."""
+    return sum(
+        mode.facts.kind[used.name] is Dependence.SAMPLES
+        and isinstance(used.meta.get("val"), Tensor)
+        and used.meta["val"].dim() == 0
+        for used in node.args
+        if isinstance(used, Node)
+    )
+
+
 def _keep_gradients_of_loss(mode: _Mode, costs: Mapping[str, NodeCost]) -> None:
     """What the loss does not depend on (a metric's inside) receives no gradient."""
     reached = {node.name for node in _upstream(mode, mode.tails.roots)}
@@ -219,10 +230,12 @@ def _reads_pairs(mode: _Mode, terms: set[str]) -> bool:
 
 
 def _divides_unevenly(mode: _Mode, terms: set[str]) -> bool:
-    """Whether a mean of class losses leaves out a class, or weighs the classes: it divides by what the labels
-    say, even where those of the example happen to be even."""
+    """Whether a mean divides by what the data say, even where those of the example happen to be even: a mean
+    of class losses that leaves out or weighs classes, a quotient of two sums over the batch."""
     for node in _upstream(mode, terms):
         name = base_name(node)
+        if name == "div" and _sums_over_batch(mode, node) == 2:
+            return True
         if name in ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"):
             given = arguments(node)
             if given["reduction"] == 1 and (given["weight"] is not None or given["ignore_index"] >= 0):

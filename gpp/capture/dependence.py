@@ -163,7 +163,15 @@ class _Probe:
         for node in self.exported.module.graph.nodes:
             if node.op == "output":
                 break
-            full = whole.step(node)
+            try:
+                full = whole.step(node)
+            except Exception as error:
+                kinds = ", ".join(f"{k} {v.dtype}" for k, v in self._keys(values).items())
+                raise CaptureError(
+                    f"module {path_of(node) or 'the model'!r} fails on the data set's first samples: "
+                    f"{str(error).strip().splitlines()[0]}. The batch has {kinds}: does the data set give "
+                    "the dtypes and values that the model expects?"
+                ) from error
             parts = [run.attempt(node) for run in halves]
             if node.name in self.shaped and isinstance(full, Tensor):
                 self._per_sample(node, halves, [full[:half], full[half:]], parts)
@@ -175,6 +183,9 @@ class _Probe:
                 if users[used] == 0:
                     for run in (whole, *halves):
                         run.env.pop(used, None)
+
+    def _keys(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: values[node] for node, key in self.exported.batch_keys.items()}
 
     def _per_sample(self, node: fx.Node, halves: list["_Run"], cut: list[Tensor], parts: list[Any]) -> None:
         agree = all(_close(a, b) for a, b in zip(cut, parts, strict=True))

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from gpp.program.carve import move_factories
-from gpp.program.random import RandomNodeError, is_random, keyed
-from gpp.program.traced import POSITION
+from gpp.program.random import RandomNodeError, arguments, is_random, keyed
+from gpp.program.traced import POSITION, symbol
 
 from .explain import explain, quiet
 from .inline import inline_blocks, wrap_autocast
@@ -34,7 +34,8 @@ class Exported:
     """One mode's graph with the meaning of its placeholders, and the nodes that `forward` returned.
 
     `batch` is the symbol of the batch size. `metrics` values are (sum node, weight node | None).
-    `together` are groups of nodes that share a mutated storage and must stay in one operator.
+    `ignored` counts, for each mean of class losses, the labels that it leaves out. `together` are groups of
+    nodes that share a mutated storage and must stay in one operator.
     """
 
     module: fx.GraphModule
@@ -45,6 +46,7 @@ class Exported:
     batch: Any
     loss: tuple[fx.Node, fx.Node | None]
     metrics: Mapping[str, tuple[fx.Node, fx.Node | None]]
+    ignored: Mapping[str, fx.Node] = field(default_factory=dict)
     together: tuple[frozenset[str], ...] = field(default=())
 
 
@@ -148,8 +150,11 @@ def _clean(model: nn.Module, program: torch.export.ExportedProgram, seed: int) -
     wrap_autocast(module.graph)
     loss, metrics = _results(model, module, program)
     drop_unused(module.graph, set(buffers), {name for group in together for name in group})
+    ignored = _ignored_labels(module) if loss[1] is None else {}
     module.recompile()
-    return Exported(module, parameters, buffers, constants, keys, batch, loss, metrics, tuple(together))
+    return Exported(
+        module, parameters, buffers, constants, keys, batch, loss, metrics, ignored, tuple(together)
+    )
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:
@@ -205,6 +210,8 @@ def _key_random_nodes(module: fx.GraphModule, seed: int, batch: Any) -> None:
         raise CaptureError(str(error)) from None
 
 
+RESERVED = ("loss", "step", "step_seconds", "samples_per_second", "grad_norm")
+_CLASS_LOSSES = ("aten.cross_entropy_loss", "aten.nll_loss")
 _CONTRACT = (
     "forward must return the loss, or (loss, {name: metric}); each is a scalar tensor that is a mean over "
     "samples, or a pair (sum, weight) of scalar tensors"
@@ -225,21 +232,64 @@ def _results(
         raise CaptureError(
             f"{name}.forward returns a dictionary with {', '.join(map(str, returned))}: {_CONTRACT}"
         )
-    return _result(name, "loss", returned), {
-        str(k): _result(name, f"metric {k!r}", v) for k, v in metrics.items()
+    taken = [str(k) for k in metrics if str(k) in RESERVED]
+    if taken:
+        raise CaptureError(
+            f"{name}.forward returns a metric called {taken[0]!r}, a name that results have already; call it "
+            f"otherwise (taken are {', '.join(RESERVED)})"
+        )
+    return _result(module, name, "loss", returned), {
+        str(k): _result(module, name, f"metric {k!r}", v) for k, v in metrics.items()
     }
 
 
-def _result(model: str, what: str, value: Any) -> tuple[fx.Node, fx.Node | None]:
+def _result(module: fx.GraphModule, model: str, what: str, value: Any) -> tuple[fx.Node, fx.Node | None]:
     pair = tuple(value) if isinstance(value, tuple | list) else (value, None)
     if len(pair) != 2:
         raise CaptureError(f"{model}.forward returns {len(pair)} values as its {what}: {_CONTRACT}")
-    for item in pair:
-        if item is None and item is pair[1]:
+    total, weight = pair[0], _counted(module, pair[1])
+    for item in (total, weight):
+        if item is None and item is weight:
             continue
-        shape = tuple(item.meta["val"].shape) if isinstance(item, fx.Node) else item
+        given = item.meta["val"] if isinstance(item, fx.Node) else item
+        shape = tuple(given.shape) if isinstance(given, Tensor) else given
         if shape != ():
             raise CaptureError(
                 f"{model}.forward returns as its {what} {shape}, not a scalar tensor: {_CONTRACT}"
             )
-    return pair
+    return total, weight
+
+
+def _counted(module: fx.GraphModule, weight: Any) -> Any:
+    """A number of samples, `x.shape[0]`, given as a weight: as a scalar tensor."""
+    if not isinstance(weight, fx.Node) or symbol(weight.meta.get("val")) is None:
+        return weight
+    with module.graph.inserting_after(weight):
+        made = module.graph.call_function(torch.ops.aten.scalar_tensor.default, (weight,))
+    made.meta["val"] = torch.zeros(())
+    return made
+
+
+def _ignored_labels(module: fx.GraphModule) -> dict[str, fx.Node]:
+    """For each mean of class losses the number of labels that it leaves out, by the loss's name.
+
+    torch leaves out the label -100 unless told otherwise; a mean over the rest is no mean over samples.
+    """
+    found = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not str(node.target).startswith(_CLASS_LOSSES):
+            continue
+        given = arguments(node)
+        target = given["target"]
+        if given["reduction"] != 1 or given["ignore_index"] >= 0 or target.meta["val"].is_floating_point():
+            continue
+        with module.graph.inserting_after(node):
+            equal = module.graph.call_function(torch.ops.aten.eq.Scalar, (target, given["ignore_index"]))
+        with module.graph.inserting_after(equal):
+            count = module.graph.call_function(torch.ops.aten.sum.default, (equal,))
+        equal.meta["val"] = target.meta["val"] == given["ignore_index"]
+        count.meta["val"] = equal.meta["val"].sum()
+        for made in (equal, count):
+            made.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+        found[node.name] = count
+    return found

@@ -61,6 +61,11 @@ def group(exported: Exported, facts: Dependences, tails: Tails) -> Grouping:
         and (facts.kind[n.name] is Dependence.SAMPLES or n.name in tails.terms)
     ]
     groups = _first_groups(nodes, facts)
+    by_name = {n.name: n for n in nodes}
+    for loss, count in exported.ignored.items():  # a count of labels goes with the loss that reads them
+        for node in (count, count.args[0]):
+            if isinstance(node, fx.Node) and node in groups and loss in by_name:
+                groups[node] = groups[by_name[loss]]
     _absorb_light(nodes, groups, facts)
     _give_views_to_readers(nodes, groups, facts)
     _merge(nodes, groups, _bonds(exported, facts, tails, nodes))

@@ -28,6 +28,7 @@ class Tails:
 
     loss: TermSum
     metrics: tuple[TermSum, ...]
+    ignored: tuple[str, ...]
     terms: frozenset[str]
     roots: dict[str, float]
     nodes: frozenset[str]
@@ -59,6 +60,7 @@ def split_tails(exported: Exported) -> Tails:
         for part in (result.terms, result.weight or ())
         for name, _ in part
     }
+    ignored = tuple(node.name for node in exported.ignored.values())
     # A node can be the inside of one tail and be read by an operator too: then it is a term.
     outside = {
         node.name
@@ -70,7 +72,8 @@ def split_tails(exported: Exported) -> Tails:
             f"the scalar {sorted(outside)[0]} is part of the loss and is also used inside the model: "
             "return it by a metric or detach it before use"
         )
-    return Tails(loss, metrics, frozenset(terms), dict(loss.terms), frozenset(inner - terms))
+    known = frozenset({*terms, *ignored})
+    return Tails(loss, metrics, ignored, known, dict(loss.terms), frozenset(inner - terms))
 
 
 def _term_sum(name: str, total: fx.Node, weight: fx.Node | None, inner: set[str]) -> TermSum:
@@ -115,7 +118,7 @@ def _linear(node: fx.Node, inner: set[str]) -> _Combination | None:
         return left.plus(right.scaled(sign))
     if node.target in (*_MUL, *_DIV) and len(node.args) == 2:
         a, b = node.args
-        if isinstance(b, int | float) and _scalars(a):
+        if isinstance(b, int | float) and _scalars(a) and (b != 0 or node.target in _MUL):
             return _combination(a, inner).scaled(float(b) if node.target in _MUL else 1.0 / b)
         if isinstance(a, int | float) and _scalars(b) and node.target in _MUL:
             return _combination(b, inner).scaled(float(a))

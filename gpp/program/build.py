@@ -80,7 +80,8 @@ def mode_plan(plan: Plan, mode: TracedMode) -> Plan:
         if source > target:
             raise ProgramError(
                 f"evaluation sends {names[0]} from stage {plan.stage_graph.stages[source].name} back to "
-                f"{plan.stage_graph.stages[target].name}, which training runs before it: choose another plan"
+                f"{plan.stage_graph.stages[target].name}, which training runs first: let forward take the "
+                "same order in both modes"
             )
         specs = [value_spec(mode, name) for name in names]
         edges.append(

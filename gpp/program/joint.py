@@ -1,6 +1,6 @@
 """A stage's forward and backward as one graph, traced by autograd itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +68,26 @@ def trace_joint(
             )
         return (*results, *found)
 
+    module, shapes = _traced(joint, forward, arguments, outputs)
+    if any("mkldnn_rnn_layer_backward" in str(n.target) for n in module.graph.nodes):
+        # oneDNN's fused LSTM has a backward that takes an undefined tensor, which no graph can hold
+        border.clear()
+        with torch.backends.mkldnn.flags(enabled=False):
+            module, shapes = _traced(joint, forward, arguments, outputs)
+    return _parts(module, border[0], len(arguments), len(outputs), shapes, len(learning))
+
+
+def _traced(
+    joint: Callable[..., Any], forward: fx.GraphModule, arguments: Sequence[Tensor], outputs: Sequence[int]
+) -> tuple[fx.GraphModule, int]:
+    """The graph of `joint` on fake tensors, and how many results forward has."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [_fake(mode, a) for a in arguments]
         with torch.no_grad():
             shapes = forward(*fakes)
         tangents = [torch.empty_like(shapes[i], memory_format=torch.contiguous_format) for i in outputs]
         with torch.enable_grad():
-            module = make_fx(joint, _allow_non_fake_inputs=True)(fakes, tangents)
-    return _parts(module, border[0], len(arguments), len(outputs), len(shapes), len(learning))
+            return make_fx(joint, _allow_non_fake_inputs=True)(fakes, tangents), len(shapes)
 
 
 def _fake(mode: FakeTensorMode, value: Tensor) -> Tensor:

@@ -120,7 +120,12 @@ class TermSum:
 
 @dataclass(frozen=True)
 class Results:
-    """What the model returns in training or in evaluation: the loss and the metrics."""
+    """What the model returns in training or in evaluation: the loss and the metrics.
+
+    `ignored` are terms that count labels which a mean loss leaves out: more than none in one of several
+    micro-batches, and their means no longer add up to the loss.
+    """
 
     loss: TermSum
     metrics: tuple[TermSum, ...]
+    ignored: tuple[str, ...] = ()

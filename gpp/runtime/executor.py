@@ -74,6 +74,7 @@ class Executor:
         self.state = state
         self.loss = loss
         self.device = device
+        self.stage = -1 if program is None else program.stage
         self.functions = _functions(program, schedule)
         self.pieces = pieces_of(schedule, comm.rank)
         self._rows = _row_offsets(self.pieces)
@@ -287,7 +288,7 @@ class _Timer:
                 label=self.label,
                 start=self.start,
                 stop=time.perf_counter(),
-                stage=what.stage if isinstance(what, Task) else -1,
+                stage=self.step.owner.stage,
                 samples=(what.samples.start, what.samples.stop) if what is not None else None,
                 edge=what.edge if isinstance(what, Transfer) else -1,
                 step=self.step.step,

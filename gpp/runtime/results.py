@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gpp.program.stage import TermSum
+from gpp.program.stage import Results, TermSum
+
+from .data import DataError
 
 Terms = Mapping[str, Sequence[tuple[int, int, float]]]  # by name: (start, stop, value) of each piece
 
@@ -45,3 +47,17 @@ def local_weight(result: TermSum, terms: Terms) -> float:
     """What a rank's own terms add to the weight of a (sum, weight) result."""
     assert result.weight is not None
     return _sum([(n, c) for n, c in result.weight if n in terms], terms)
+
+
+def check_labels(results: Results, terms: Terms) -> None:
+    """Raise DataError where a mean loss left out labels in one of several micro-batches."""
+    for name in results.ignored:
+        pieces = sorted(terms[name])
+        found = next(((start, stop) for start, stop, count in pieces if count), None)
+        if found is not None and len(pieces) > 1:
+            raise DataError(
+                f"among samples {found[0]} to {found[1] - 1} of a mini-batch are labels that the loss leaves "
+                "out (cross entropy ignores -100): the mean of micro-batch means is then not the loss. "
+                "Return (sum, weight) from forward: cross_entropy(..., reduction='sum') and the number of "
+                "labels that count; or set train.micro_batch to the whole mini-batch"
+            )

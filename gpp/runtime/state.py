@@ -56,7 +56,7 @@ class StageState:
         self.trainable = tuple(n for n, p in self.parameters.items() if p.requires_grad)
         self._flats = _flat_gradients(self, graph)
         self.gradients = {name: view for flat in self._flats.values() for name, view in flat.views.items()}
-        self._reached: set[str] = {n for k, flat in self._flats.items() if k >= 0 for n in flat.views}
+        self._reached: set[str] = {n for (k, _), flat in self._flats.items() if k >= 0 for n in flat.views}
         self._norms: dict[str, float] | None = None
         learning = [(name, self.parameters[name]) for name in self.trainable]
         self.optimizer = make_optimizer(learning) if learning else None
@@ -70,11 +70,12 @@ class StageState:
 
     def reduce(self, comm: Communicator, group: tuple[int, ...], shared: int) -> None:
         """Sum the untied gradients (shared = -1) or one tied group's over `group`."""
-        memory = self._flats[shared].memory
-        host = memory.cpu()  # the same tensor on a CPU: messages lie in host memory
-        ordered_sum(comm, group, host)
-        if host is not memory:
-            memory.copy_(host)
+        for (group_number, _), flat in self._flats.items():
+            if group_number == shared:
+                host = flat.memory.cpu()  # the same tensor on a CPU: messages lie in host memory
+                ordered_sum(comm, group, host)
+                if host is not flat.memory:
+                    flat.memory.copy_(host)
 
     def scale(self, weight: float) -> None:
         """Divide the summed gradients by the loss weight."""
@@ -135,22 +136,17 @@ class _Flat:
     views: dict[str, Tensor]
 
 
-def _flat_gradients(state: StageState, graph: StageGraph) -> dict[int, _Flat]:
-    """Flat memory by tied group; -1 holds the untied parameters."""
-    groups: dict[int, list[str]] = {}
+def _flat_gradients(state: StageState, graph: StageGraph) -> dict[tuple[int, torch.dtype], _Flat]:
+    """Flat memory by tied group and data type; group -1 holds the untied parameters."""
+    groups: dict[tuple[int, torch.dtype], list[str]] = {}
     for name in state.trainable:
         shared = next((i for i, item in enumerate(graph.shared) if name in item.parameters), -1)
-        groups.setdefault(shared, []).append(name)
-    return {shared: _flat(names, state.parameters) for shared, names in groups.items()}
+        groups.setdefault((shared, state.parameters[name].dtype), []).append(name)
+    return {key: _flat(names, state.parameters) for key, names in groups.items()}
 
 
 def _flat(names: Iterable[str], parameters: Mapping[str, nn.Parameter]) -> _Flat:
     chosen = {name: parameters[name] for name in names}
-    kinds = {p.dtype for p in chosen.values()}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the parameters of a stage must have one dtype, they have {sorted(map(str, kinds))}"
-        )
     first = next(iter(chosen.values()))
     memory = torch.zeros(sum(p.numel() for p in chosen.values()), dtype=first.dtype, device=first.device)
     views, start = {}, 0

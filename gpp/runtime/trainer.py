@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from statistics import mean, median
 
 import torch
-from torch import Tensor
 
 from gpp.plan import Plan
 from gpp.program.stage import Results, StageProgram
@@ -19,7 +18,7 @@ from .executor import Executor
 from .neighbors import check_neighbors
 from .prefetch import Prefetcher
 from .reports import COLLECTOR, Reports
-from .results import Total, combine
+from .results import Total, check_labels, combine
 from .schedules import Schedules
 from .state import StageState
 
@@ -140,6 +139,7 @@ class Trainer:
         norm: float | None,
     ) -> StepRecord:
         samples = self.plan.mini_batch
+        check_labels(self.train_results, terms)
         return StepRecord(
             step=step,
             loss=combine(self.train_results.loss, terms, samples).mean,
@@ -165,6 +165,7 @@ class Trainer:
                     batch = {key: value.to(self.device) for key, value in reader.next().items()}
                     terms = runner.reports.exchange(runner.executor.run(0, batch))
                     if self.comm.rank == COLLECTOR:
+                        check_labels(self.evaluate_results, terms)
                         for result in results:
                             found = combine(result, terms, size)
                             totals[result.name] = totals.get(result.name, Total(0.0, 0.0)) + found
@@ -175,6 +176,8 @@ class Trainer:
         """The measured trace of the last recorded steps, complete on rank 0. Called by all ranks."""
         mine = [_shifted(span, self._zero) for span in self._spans]
         spans = [span for part in self.comm.all_gather_object(mine) for span in part]
+        first = min((span.start for span in spans), default=0.0)
+        spans = [_shifted(span, first) for span in spans]
         return Trace(
             name="measured",
             ranks=self.comm.size,
@@ -207,13 +210,3 @@ def _positions(executor: Executor) -> list[int]:
 
 def _shifted(span: Span, zero: float) -> Span:
     return replace(span, start=span.start - zero, stop=span.stop - zero)
-
-
-def values_of(
-    program: StageProgram, model_values: Mapping[str, Tensor], device: torch.device
-) -> dict[str, Tensor]:
-    """Copies of the parameters and buffers that a stage owns, on its device."""
-    return {
-        name: model_values[name].detach().clone().to(device)
-        for name in (*program.parameters, *program.buffers)
-    }

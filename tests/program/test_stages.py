@@ -34,7 +34,9 @@ def test_stages_are_bit_equal_to_autograd(name: str) -> None:
         part = {k: v[:size] for k, v in batch.items()}
         stages = programs(captured, plan_of(captured, groups, size), size)
         found = run_stages(stages, values, part, step=2, first=5)
-        assert_same(found, run_uncut(captured, values, part, step=2, first=5))
+        # oneDNN's fused LSTM is what eager takes; stages are traced without it, as it cannot be cut
+        with torch.backends.mkldnn.flags(enabled=name != "Recurrent"):
+            assert_same(found, run_uncut(captured, values, part, step=2, first=5))
         assert_stash(stages, values, found)
 
 

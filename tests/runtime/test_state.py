@@ -92,10 +92,14 @@ def test_tied_gradients_lie_apart() -> None:
     assert torch.equal(state.gradients["b"], torch.ones(3))
 
 
-def test_one_dtype_a_stage() -> None:
+def test_several_dtypes_a_stage() -> None:
     program = StageProgram(0, ("a", "b"), (True, True), (), NONE, NONE)
     graph = StageGraph.__new__(StageGraph)
     object.__setattr__(graph, "shared", ())
     values = {"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.float64)}
-    with pytest.raises(ValueError, match="must have one dtype"):
-        StageState(program, graph, values, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0))
+    state = StageState(program, graph, values, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0))
+    state.accumulate([torch.ones(1), torch.ones(1, dtype=torch.float64)])
+    run(LoopbackWorld(1), lambda comm: state.reduce(comm, (0,), -1))
+    state.update()
+    assert [p.item() for p in state.parameters.values()] == [-1.0, -1.0]
+    assert state.parameters["b"].dtype == torch.float64
