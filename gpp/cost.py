@@ -1,10 +1,15 @@
 """Seconds of an operator, a transfer, an all-reduce.
 
 `CostModel` is what planners ask. `Roofline` answers from FLOPs and bytes: a pass takes the larger of its
-arithmetic and its memory time, plus the overhead of its kernels. Seconds, bytes, samples.
+arithmetic and its memory time, plus the overhead of its kernels. `CostTable` answers from times that were
+measured at several sizes. Seconds, bytes, samples.
 """
 
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from gpp.graph import Operator, Work
@@ -64,6 +69,85 @@ class Roofline:
     def fingerprint(self) -> str:
         """The one number it depends on; devices are part of the topology's fingerprint."""
         return f"roofline-{self.update_traffic:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of the three passes of one operator at some sizes, in samples of one call, ascending."""
+
+    operator: str
+    samples: tuple[float, ...]
+    forward: tuple[float, ...]
+    backward_input: tuple[float, ...]
+    backward_weight: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        columns = (self.forward, self.backward_input, self.backward_weight)
+        if not self.samples or any(len(column) != len(self.samples) for column in columns):
+            raise ValueError(
+                f"timing of {self.operator}: every pass needs one time for each size, and one size"
+            )
+        if list(self.samples) != sorted({s for s in self.samples if s > 0}):
+            raise ValueError(
+                f"timing of {self.operator}: sizes must be positive and ascending, they are {self.samples}"
+            )
+        wrong = [t for column in columns for t in column if not 0 <= t < float("inf")]
+        if wrong:
+            raise ValueError(
+                f"timing of {self.operator}: a time must be finite and not negative, one is {wrong[0]}"
+            )
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured seconds: linear between the sizes measured; below the smallest and above the largest in
+    proportion to the nearest interval, never negative. The same for every device (what it was measured on).
+    """
+
+    timings: tuple[Timing, ...]
+    update_traffic: float = 7.0
+
+    @cached_property
+    def by_name(self) -> dict[str, Timing]:
+        """Operator name to its timing."""
+        return {timing.operator: timing for timing in self.timings}
+
+    def forward(self, op: Operator, samples: float, device: Device) -> float:
+        """Seconds of the forward pass. Raises ValueError for an operator that is not in the table."""
+        timing = self._timing(op)
+        return _between(timing.samples, timing.forward, samples)
+
+    def backward_input(self, op: Operator, samples: float, device: Device) -> float:
+        """Seconds of the input half."""
+        timing = self._timing(op)
+        return _between(timing.samples, timing.backward_input, samples)
+
+    def backward_weight(self, op: Operator, samples: float, device: Device) -> float:
+        """Seconds of the weight half."""
+        timing = self._timing(op)
+        return _between(timing.samples, timing.backward_weight, samples)
+
+    def update(self, parameter_bytes: float, device: Device) -> float:
+        """Seconds of the optimizer's step."""
+        return self.update_traffic * parameter_bytes / device.bandwidth
+
+    def fingerprint(self) -> str:
+        """A digest of the whole table."""
+        return "table-" + hashlib.sha256(repr((self.timings, self.update_traffic)).encode()).hexdigest()[:16]
+
+    def _timing(self, op: Operator) -> Timing:
+        if op.name not in self.by_name:
+            raise ValueError(f"the cost table has no times of operator {op.name}; measure the model again")
+        return self.by_name[op.name]
+
+
+def _between(sizes: Sequence[float], seconds: Sequence[float], samples: float) -> float:
+    """Linear interpolation; one size alone: in proportion to it."""
+    if len(sizes) == 1:
+        return seconds[0] * samples / sizes[0]
+    i = min(max(bisect_left(sizes, samples), 1), len(sizes) - 1)
+    slope = (seconds[i] - seconds[i - 1]) / (sizes[i] - sizes[i - 1])
+    return max(seconds[i - 1] + slope * (samples - sizes[i - 1]), 0.0)
 
 
 def all_reduce_seconds(size: float, ranks: int, link: Link) -> float:

@@ -12,7 +12,8 @@ from gpp.graph import ComputationGraph
 from gpp.records import RecordError, from_json, to_json
 from gpp.topology import DeviceTopology
 
-FORMAT = "gpp.plan/1"
+FORMAT = "gpp.plan/2"
+POLICIES = ("1f1b", "gpipe", "zero-bubble", "greedy")
 
 
 class PlanError(ValueError):
@@ -53,7 +54,9 @@ class Stage:
 
     `in_flight` counts samples over all replicas; a replica works on `micro_batch / len(devices)` samples at a
     time. `stash` and `weight_stash` are bytes per sample; `parameter_bytes` and the rest are bytes of one
-    replica.
+    replica. `weight_lag` is by how many micro-batches the weight half of a backward trails the input half
+    (0: both in one go; only under "zero-bubble"). With `recompute` the forward runs again before a backward,
+    with `shard_optimizer` each replica keeps the optimizer's state of its share of the parameters.
     """
 
     name: str
@@ -63,7 +66,9 @@ class Stage:
     in_flight: int
     seconds: StageSeconds
     k: int = 1
+    weight_lag: int = 0
     recompute: bool = False
+    shard_optimizer: bool = False
     stash: float = 0.0
     weight_stash: float = 0.0
     parameter_bytes: int = 0
@@ -84,6 +89,11 @@ class Stage:
                 f"stage {self.name}: micro_batch, k and in_flight must be at least 1, they are "
                 f"{self.micro_batch}, {self.k}, {self.in_flight}"
             )
+        if not 0 <= self.weight_lag < max(self.in_flight // self.micro_batch, 1):
+            raise PlanError(
+                f"stage {self.name}: weight_lag must be at least 0 and below the micro-batches in flight, "
+                f"{self.in_flight // self.micro_batch}, it is {self.weight_lag}"
+            )
         for name in _AMOUNTS:
             _check_amount(f"{name} of stage {self.name}", getattr(self, name))
         if self.micro_batch % len(self.devices):
@@ -95,7 +105,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """All tensors from one stage to another; `bytes` per sample forward, `gradient_bytes` per sample back."""
+    """All tensors from one stage to another; `bytes` per sample forward, `gradient_bytes` per sample back.
+
+    An edge without tensors is an order alone: what running the stages as a sequential pipeline adds to the
+    model's own dependencies (GraphPipe §3, C2). Empty messages go along it and come back.
+    """
 
     source: int
     target: int
@@ -105,8 +119,13 @@ class Edge:
 
     @property
     def needs_grad(self) -> bool:
-        """Whether a gradient message returns."""
-        return self.gradient_bytes > 0
+        """Whether a gradient message (of an order: an empty one) returns."""
+        return self.gradient_bytes > 0 or self.is_order
+
+    @property
+    def is_order(self) -> bool:
+        """Whether it carries nothing."""
+        return not self.tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +180,25 @@ class StageGraph:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How tasks are ordered: "1f1b" or "gpipe", and micro-batches of warm-up beyond the rule's own."""
+    """How tasks are ordered, within the samples that each stage may have in flight.
+
+    "gpipe": all forwards, then all backwards; "1f1b" (with k of the stages: kFkB); "zero-bubble": 1F1B whose
+    weight halves trail by each stage's `weight_lag`; "greedy": what a device does next is chosen on a clock,
+    the weight half waiting for the next message for up to `patience` times its own duration.
+    `extra_warm_up` are micro-batches on every hop beyond the rule's own (eager 1F1B).
+    """
 
     name: str = "1f1b"
     extra_warm_up: int = 0
+    patience: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in ("1f1b", "gpipe"):
-            raise PlanError(f"schedule {self.name!r} is unknown; it can be 1f1b or gpipe")
+        if self.name not in POLICIES:
+            raise PlanError(f"schedule {self.name!r} is unknown; it can be {', '.join(POLICIES)}")
         if self.extra_warm_up < 0:
             raise PlanError(f"schedule.extra_warm_up must not be negative, it is {self.extra_warm_up}")
+        if not 0 <= self.patience < math.inf:
+            raise PlanError(f"schedule.patience must be a number of at least 0, it is {self.patience}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +234,7 @@ class Plan:
         if self.mini_batch < 1:
             raise PlanError(f"mini_batch must be at least 1, it is {self.mini_batch}")
         count = len(self.topology.devices)
-        owner: dict[int, str] = {}
+        owner: dict[int, Stage] = {}
         for stage in self.stage_graph.stages:
             if self.mini_batch % stage.micro_batch:
                 raise PlanError(
@@ -218,17 +246,26 @@ class Plan:
                     raise PlanError(
                         f"stage {stage.name} uses device {device}; the cluster has devices 0 to {count - 1}"
                     )
-                if device in owner:
+                if device in owner and set(owner[device].devices) != set(stage.devices):
                     raise PlanError(
-                        f"device {device} belongs to stage {owner[device]} and to stage {stage.name}"
+                        f"device {device} belongs to stage {owner[device].name} and to stage {stage.name}; "
+                        "stages that share a device must share all of their devices"
                     )
-                owner[device] = stage.name
+                owner[device] = stage
+
+    @cached_property
+    def residents(self) -> dict[int, tuple[int, ...]]:
+        """Each device that is used to the stages on it, ascending; mostly one."""
+        found: dict[int, tuple[int, ...]] = {}
+        for index, stage in enumerate(self.stage_graph.stages):
+            for device in stage.devices:
+                found[device] = (*found.get(device, ()), index)
+        return dict(sorted(found.items()))
 
     @property
     def idle_devices(self) -> tuple[int, ...]:
         """Devices that no stage uses."""
-        used = {d for stage in self.stage_graph.stages for d in stage.devices}
-        return tuple(d for d in range(len(self.topology.devices)) if d not in used)
+        return tuple(d for d in range(len(self.topology.devices)) if d not in self.residents)
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -267,11 +304,14 @@ class StageMemory:
 
 def stage_memory(graph: StageGraph, index: int) -> StageMemory:
     """The memory model (GraphPipe §5): a whole copy of weights, gradients and optimizer state on each
-    replica, its share of the stash of all samples in flight, and the rings of message buffers at both ends
-    of its edges: as many messages as the upstream stage may have forwarded and not yet seen back.
+    replica (with `shard_optimizer`: its share of the state), its share of the stash of all samples in flight,
+    and the rings of message buffers at both ends of its edges: as many messages as the upstream stage may
+    have forwarded and not yet seen back. A stage that recomputes keeps only what it received until the
+    backward: the stash is there for one micro-batch, and for those whose weight half is still to come.
     """
     stage = graph.stages[index]
     share = 1 / len(stage.devices)
+    stashed = (1 + stage.weight_lag) * stage.micro_batch if stage.recompute else stage.in_flight
     messages = 0.0
     for edge in graph.edges:
         if index in (edge.source, edge.target):
@@ -280,11 +320,18 @@ def stage_memory(graph: StageGraph, index: int) -> StageMemory:
     return StageMemory(
         parameters=stage.parameter_bytes,
         gradients=stage.trainable_bytes,
-        optimizer=stage.optimizer_bytes,
+        optimizer=stage.optimizer_bytes * (share if stage.shard_optimizer else 1.0),
         buffers=stage.buffer_bytes,
-        stash=stage.stash * stage.in_flight * share,
+        stash=stage.stash * min(stashed, stage.in_flight) * share,
         messages=messages,
     )
+
+
+def device_memory(plan: Plan) -> tuple[float, ...]:
+    """Bytes on every device at its peak: all stages that it holds."""
+    need = [stage_memory(plan.stage_graph, s).total for s in range(len(plan.stage_graph.stages))]
+    devices = range(len(plan.topology.devices))
+    return tuple(sum(need[s] for s in plan.residents.get(device, ())) for device in devices)
 
 
 def check_plan(plan: Plan, graph: ComputationGraph | None = None) -> None:
@@ -294,15 +341,14 @@ def check_plan(plan: Plan, graph: ComputationGraph | None = None) -> None:
     stages partition the operators, each stage is convex, and the edges join the same stages as the
     graph's (what they carry is the capture's to say).
     """
-    for index, stage in enumerate(plan.stage_graph.stages):
-        need = stage_memory(plan.stage_graph, index).total
-        for device in stage.devices:
-            have = plan.topology.devices[device].memory
-            if need > have:
-                raise PlanError(
-                    f"stage {stage.name} needs {need / 2**20:.4g} MiB on device {device}, which has "
-                    f"{have / 2**20:.4g} MiB; use more devices or a smaller train.micro_batch"
-                )
+    for device, need in enumerate(device_memory(plan)):
+        have = plan.topology.devices[device].memory
+        if need > have:
+            names = " and ".join(plan.stage_graph.stages[s].name for s in plan.residents[device])
+            raise PlanError(
+                f"stage {names} needs {need / 2**20:.4g} MiB on device {device}, which has "
+                f"{have / 2**20:.4g} MiB; use more devices or a smaller train.micro_batch"
+            )
     if graph is not None:
         _check_against_graph(plan, graph)
 
@@ -331,7 +377,7 @@ def _check_against_graph(plan: Plan, graph: ComputationGraph) -> None:
         (stage_of[graph.operators[u].name], stage_of[graph.operators[v].name]) for u, v in graph.edges
     }
     expected = {(s, t) for s, t in expected if s != t}
-    found = {(e.source, e.target) for e in plan.stage_graph.edges}
+    found = {(e.source, e.target) for e in plan.stage_graph.edges if not e.is_order}
     if expected != found:
         raise PlanError(
             f"the stage graph's edges {sorted(found)} are not those of the model, {sorted(expected)}"

@@ -67,7 +67,10 @@ def test_what_a_plan_knows_of_itself():
             "unique and sorted",
         ),
         (lambda: StageGraph((STAGE,), (), (Shared(("w",), 4, (0, 1)),)), "names a stage that is not there"),
-        (lambda: Policy("fastest"), "schedule 'fastest' is unknown; it can be 1f1b or gpipe"),
+        (
+            lambda: Policy("fastest"),
+            "schedule 'fastest' is unknown; it can be 1f1b, gpipe, zero-bubble, greedy",
+        ),
         (lambda: Policy(extra_warm_up=-1), "extra_warm_up must not be negative, it is -1"),
         (lambda: dataclasses.replace(DIAMOND, mini_batch=0), "mini_batch must be at least 1"),
         (lambda: dataclasses.replace(DIAMOND, mini_batch=9), "does not divide the mini-batch 9"),

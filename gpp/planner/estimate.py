@@ -12,11 +12,12 @@ from gpp.plan import (
     Fingerprints,
     Plan,
     PlanError,
+    Policy,
     Shared,
     Stage,
     StageGraph,
     StageSeconds,
-    stage_memory,
+    device_memory,
 )
 from gpp.schedule.inflight import in_flight
 from gpp.simulate import simulate
@@ -30,10 +31,19 @@ from .placement import place
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One stage to be: operators by position, and how many devices it gets."""
+    """One stage to be: operators by position, how many devices it gets, and what else a planner decided.
+
+    `micro_batch` None is the plan's own. Groups with the same `slot` (not None) share their devices, of which
+    they must ask for equally many.
+    """
 
     operators: tuple[int, ...]
     devices: int
+    micro_batch: int | None = None
+    k: int = 1
+    recompute: bool = False
+    shard_optimizer: bool = False
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,35 +61,57 @@ class Problem:
         return Fingerprints(self.graph.fingerprint(), self.costs.fingerprint(), self.topology.fingerprint())
 
 
-def assemble(problem: Problem, groups: Sequence[Group], micro_batch: int, planner: str) -> Plan:
+def assemble(
+    problem: Problem,
+    groups: Sequence[Group],
+    micro_batch: int,
+    planner: str,
+    *,
+    policy: Policy | None = None,
+    chained: bool = False,
+) -> Plan:
     """The plan for a partition of the operators into `groups`, without estimate and lower bound.
 
     Stages are numbered topologically, groups that could go either way in the order given; devices follow that
-    order. Raises PlanError if the groups depend on each other in a circle or need more devices than exist.
+    order. `policy` is the options' own if not given; `chained` runs the stages as a sequential pipeline: each
+    also waits for the one before it. Raises PlanError if the groups depend on each other in a circle or need
+    more devices than exist.
     """
     graph, topology, options = problem.graph, problem.topology, problem.options
+    policy = policy or options.policy
     groups = _in_topological_order(graph, groups)
-    places = place([group.devices for group in groups], topology)
+    places = _places(groups, topology)
     stage_of = {i: number for number, group in enumerate(groups) for i in group.operators}
     edges = _edges(graph, stage_of)
+    if chained:
+        edges = in_a_row(edges, len(groups))
     successors = [[e.target for e in edges if e.source == s] for s in range(len(groups))]
-    held = in_flight(successors, [micro_batch] * len(groups), options.policy, options.mini_batch)
+    sizes = [group.micro_batch or micro_batch for group in groups]
+    held = in_flight(successors, sizes, policy, options.mini_batch, ks=[group.k for group in groups])
     names = stage_names(graph, [group.operators for group in groups])
     stages = tuple(
-        _stage(problem, group, micro_batch, name, devices, samples)
-        for group, name, devices, samples in zip(groups, names, places, held, strict=True)
+        _stage(problem, group, size, name, devices, samples)
+        for group, size, name, devices, samples in zip(groups, sizes, names, places, held, strict=True)
     )
     return Plan(
         stage_graph=StageGraph(stages, edges, _shared(graph, stage_of)),
         topology=topology,
         mini_batch=options.mini_batch,
-        policy=options.policy,
+        policy=policy,
         fingerprints=problem.fingerprints,
         planner=planner,
         precision=options.precision,
         loss_weighted=graph.loss_weighted,
         global_norm=options.global_norm,
     )
+
+
+def in_a_row(edges: Sequence[Edge], stages: int) -> tuple[Edge, ...]:
+    """The edges of a stage graph and, where neighbours in its numbering have none, an order between them."""
+    found = {(e.source, e.target): e for e in edges}
+    for s in range(stages - 1):
+        found.setdefault((s, s + 1), Edge(s, s + 1, (), 0, 0))
+    return tuple(found[pair] for pair in sorted(found))
 
 
 def estimated(plan: Plan) -> Plan:
@@ -127,7 +159,20 @@ def rough_seconds(plan: Plan) -> float:
 
 def peak_memory(plan: Plan) -> float:
     """Bytes on the fullest device."""
-    return max(stage_memory(plan.stage_graph, s).total for s in range(len(plan.stage_graph.stages)))
+    return max(device_memory(plan))
+
+
+def _places(groups: Sequence[Group], topology: DeviceTopology) -> list[tuple[int, ...]]:
+    """Devices of every group; those of one slot are placed once."""
+    slots = [("slot", group.slot) if group.slot is not None else ("own", i) for i, group in enumerate(groups)]
+    counts = {slot: group.devices for slot, group in zip(slots, groups, strict=True)}
+    for slot, group in zip(slots, groups, strict=True):
+        if counts[slot] != group.devices:
+            raise PlanError(
+                f"stages that share devices need equally many, not {counts[slot]} and {group.devices}"
+            )
+    found = dict(zip(counts, place(list(counts.values()), topology), strict=True))
+    return [found[slot] for slot in slots]
 
 
 def _in_topological_order(graph: ComputationGraph, groups: Sequence[Group]) -> list[Group]:
@@ -179,7 +224,10 @@ def _stage(
         devices=devices,
         micro_batch=micro_batch,
         in_flight=held,
-        seconds=_seconds(problem, ops, micro_batch / len(devices), trainable, kinds),
+        seconds=_seconds(problem, group, ops, micro_batch / len(devices), trainable, kinds),
+        k=group.k,
+        recompute=group.recompute,
+        shard_optimizer=group.shard_optimizer,
         stash=sum(op.stash for op in ops),
         weight_stash=sum(op.weight_stash for op in ops),
         parameter_bytes=sum(p.bytes for p in parameters.values()),
@@ -198,16 +246,24 @@ def _parameters(ops: Sequence[Operator]) -> dict[str, Parameter]:
 
 
 def _seconds(
-    problem: Problem, ops: Sequence[Operator], samples: float, trainable: int, kinds: Sequence[Device]
+    problem: Problem,
+    group: Group,
+    ops: Sequence[Operator],
+    samples: float,
+    trainable: int,
+    kinds: Sequence[Device],
 ) -> StageSeconds:
     """Replicas wait for each other: the slowest device counts."""
     costs = problem.costs
     back = [op for op in ops if takes_part_in_backward(problem.graph, op)]
+    forward = max(sum(costs.forward(op, samples, d) for op in ops) for d in kinds)
+    updated = trainable / (group.devices if group.shard_optimizer else 1)
     return StageSeconds(
-        forward=max(sum(costs.forward(op, samples, d) for op in ops) for d in kinds),
+        forward=forward,
+        recompute=forward if group.recompute and back else 0.0,
         backward_input=max(sum(costs.backward_input(op, samples, d) for op in back) for d in kinds),
         backward_weight=max(sum(costs.backward_weight(op, samples, d) for op in back) for d in kinds),
-        update=max(costs.update(trainable, d) for d in kinds) if trainable else 0.0,
+        update=max(costs.update(updated, d) for d in kinds) if trainable else 0.0,
     )
 
 

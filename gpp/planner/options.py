@@ -7,12 +7,33 @@ from gpp.plan import PlanError, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Constraints:
+    """What the user has decided. Operators are named by glob patterns; each must match at least one.
+
+    `together`: what the patterns of an entry match is one stage. `pins`: (pattern, label), operators with the
+    same label are in one stage, with different labels in different ones. `uncut`: (producer, consumer), no
+    stage border between them where one feeds the other. `replicas`: (pattern, number), the stage of these
+    operators has so many.
+    """
+
+    together: tuple[tuple[str, ...], ...] = ()
+    pins: tuple[tuple[str, str], ...] = ()
+    uncut: tuple[tuple[str, str], ...] = ()
+    replicas: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """A training step of `mini_batch` samples.
 
     `micro_batch` is a number of samples or "auto". `optimizer_factor` is the optimizer's state in bytes per
     byte of trainable parameters (AdamW keeps two moments: 2; SGD 0, with momentum 1). `max_replicas` bounds
     the data parallelism of one stage.
+
+    What a planner may choose, where it can: `stage_micro_batches` (every stage its own micro-batch size) and
+    `bursts` (the k of kFkB) for `graphpipe`; for `gpp` schedules other than `policy` (`eager`,
+    `split_backward`, `greedy`), `recompute` of some stages, `shard_optimizer` over replicas, and `colocate`,
+    several light stages on one device.
     """
 
     mini_batch: int
@@ -22,6 +43,15 @@ class Options:
     global_norm: bool = False
     max_replicas: int | None = None
     precision: str = "float32"
+    constraints: Constraints = field(default_factory=Constraints)
+    stage_micro_batches: bool = False
+    bursts: tuple[int, ...] = (1,)
+    eager: bool = False
+    split_backward: bool = False
+    greedy: bool = False
+    recompute: bool = False
+    shard_optimizer: bool = False
+    colocate: bool = False
 
     def __post_init__(self) -> None:
         if self.mini_batch < 1:
