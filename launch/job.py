@@ -70,10 +70,6 @@ class Job:
     lowered: Schedules
     planner_seconds: float
 
-    def stage_of(self, rank: int) -> int | None:
-        """The stage that a rank works on, None for an idle one."""
-        return next((i for i, s in enumerate(self.plan.stage_graph.stages) if rank in s.devices), None)
-
 
 def prepare(
     config: DictConfig, overrides: Sequence[str], comm: Communicator, *, alone: bool
@@ -185,16 +181,17 @@ def arrange(material: Material, plan: Plan, planner_seconds: float) -> Job:
     return Job(material, plan, evaluation, lowered, planner_seconds)
 
 
-def program_of(config: DictConfig, job: Job, rank: int) -> StageProgram | None:
-    """Trace and compile the stage of a rank. Not to be called from a thread."""
-    stage = job.stage_of(rank)
-    if stage is None:
-        return None
+def programs_of(config: DictConfig, job: Job, rank: int) -> list[StageProgram]:
+    """Trace and compile the stages of a rank. Not to be called from a thread."""
+    return [_program(config, job, rank, stage) for stage in job.plan.residents.get(rank, ())]
+
+
+def _program(config: DictConfig, job: Job, rank: int, stage: int) -> StageProgram:
     captured = job.material.captured
     sizes: set[int] = set()
     for schedule in job.lowered.evaluate.values():
-        sizes |= call_sizes(schedule, rank)
-    trained = call_sizes(job.lowered.train, rank)
+        sizes |= call_sizes(schedule, rank, stage)
+    trained = call_sizes(job.lowered.train, rank, stage)
     try:
         return build_stage(
             captured.traced,
@@ -217,15 +214,16 @@ def program_of(config: DictConfig, job: Job, rank: int) -> StageProgram | None:
         ) from error
 
 
-def state_of(job: Job, program: StageProgram | None, initialised: Initialised) -> StageState | None:
-    """Initial parameters and buffers of a rank's stage, and its optimizer."""
-    if program is None:
+def state_of(job: Job, programs: Sequence[StageProgram], initialised: Initialised) -> StageState | None:
+    """Initial parameters and buffers of a rank's stages, and its optimizer; None for an idle rank."""
+    if not programs:
         return None
     material = job.material
-    values: dict[str, Tensor] = initialised.values((*program.parameters, *program.buffers))
+    names = dict.fromkeys(name for p in programs for name in (*p.parameters, *p.buffers))
+    values: dict[str, Tensor] = initialised.values(tuple(names))
     clip = material.settings.clip_norm
     return StageState(
-        program,
+        programs,
         job.plan.stage_graph,
         {name: value.to(material.device) for name, value in values.items()},
         material.make_optimizer,

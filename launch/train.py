@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .job import Job
 
-    _Part = tuple[StageProgram | None, StageState | None]
+    _Part = tuple[list[StageProgram], StageState | None]
 
 
 def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
@@ -59,11 +59,11 @@ def _set_up(
     from gpp.runtime.memory import start_of_peak
 
     from .guard import together
-    from .job import prepare, program_of, state_of
+    from .job import prepare, programs_of, state_of
 
     job, ranks, initialised = prepare(config, own_overrides(), comm, alone=alone)
     mine = range(ranks) if alone else [comm.rank]
-    programs = together(comm, lambda: {rank: program_of(config, job, rank) for rank in mine})
+    programs = together(comm, lambda: {rank: programs_of(config, job, rank) for rank in mine})
     if comm.rank == 0:
         _announce(config, job, ranks, folder)
     base = start_of_peak()
@@ -112,7 +112,7 @@ def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
 def _rank(
     job: "Job",
     comm: "Communicator",
-    program: "StageProgram | None",
+    programs: "Sequence[StageProgram]",
     state: "StageState | None",
     folder: Path,
     base: int,
@@ -125,7 +125,7 @@ def _rank(
         job.plan,
         job.evaluation,
         job.lowered,
-        program,
+        programs,
         state,
         job.material.captured.train,
         job.material.captured.evaluate,

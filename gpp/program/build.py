@@ -72,11 +72,13 @@ def mode_plan(plan: Plan, mode: TracedMode) -> Plan:
     """The plan with the edges, batch keys and terms of one mode.
 
     Evaluation may read other values than training does (no dropout masks, another head); it must still follow
-    the order of the stages. Raises ProgramError if it does not.
+    the order of the stages. Raises ProgramError if it does not. The plan's edges that are orders alone stay
+    where no value crosses.
     """
     stages = stage_of(plan)
-    edges = []
-    for (source, target), names in edges_of(mode, stages).items():
+    crossing = edges_of(mode, stages)
+    edges = [e for e in plan.stage_graph.edges if e.is_order and (e.source, e.target) not in crossing]
+    for (source, target), names in crossing.items():
         if source > target:
             raise ProgramError(
                 f"evaluation sends {names[0]} from stage {plan.stage_graph.stages[source].name} back to "
@@ -99,7 +101,7 @@ def mode_plan(plan: Plan, mode: TracedMode) -> Plan:
             replace(stage, batch_keys=face.batch_keys, terms=face.terms)
             for stage, face in zip(plan.stage_graph.stages, faces, strict=True)
         ),
-        edges=tuple(edges),
+        edges=tuple(sorted(edges, key=lambda e: (e.source, e.target))),
         shared=plan.stage_graph.shared,
     )
     return replace(plan, stage_graph=graph)

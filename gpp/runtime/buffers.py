@@ -88,7 +88,10 @@ class Ring:
         self.communicator = communicator
         self.channel = channel
         self.values = channel_values(values, channel.direction)
-        if channel.slots < 1 or not sizes or min(sizes) < 1 or not self.values:
+        carries = (
+            bool(self.values) or not values
+        )  # an edge without values is an order: its messages are empty
+        if channel.slots < 1 or not sizes or min(sizes) < 1 or not carries:
             raise CommunicationError(
                 f"{channel_name(channel)} needs slots, values and messages of at least one sample, it has "
                 f"{channel.slots} slots, {len(self.values)} values and messages of {sorted(set(sizes))}"

@@ -35,9 +35,9 @@ class Held:
 class Channels:
     """Opened for a stretch of steps, closed when the stretch is over, then opened again."""
 
-    def __init__(self, comm: Communicator, schedule: Schedule, functions: StageFunctions | None) -> None:
+    def __init__(self, comm: Communicator, schedule: Schedule, stages: Sequence[StageFunctions]) -> None:
         self._rank = comm.rank
-        self._rings = _rings(comm, schedule, functions) if functions is not None else {}
+        self._rings = _rings(comm, schedule, stages) if stages else {}
         self._receivers: dict[tuple[int, Direction, int], ReceiveChannel] = {}
         self._senders: dict[tuple[int, Direction, int], SendChannel] = {}
 
@@ -79,7 +79,7 @@ def joined(parts: Sequence[Held], device: torch.device) -> list[Tensor]:
 
 
 def _rings(
-    comm: Communicator, schedule: Schedule, functions: StageFunctions
+    comm: Communicator, schedule: Schedule, stages: Sequence[StageFunctions]
 ) -> dict[_Ends, tuple[Ring, list[int]]]:
     """A ring for every channel that ends at this rank, with the samples of its messages in order."""
     counts: dict[_Ends, list[int]] = defaultdict(list)
@@ -91,6 +91,6 @@ def _rings(
     for channel in schedule.channels:
         ends = (channel.edge, channel.direction, channel.source, channel.target)
         if ends in counts:
-            port = port_of((*functions.receives, *functions.sends), channel.edge)
+            port = port_of([p for f in stages for p in (*f.receives, *f.sends)], channel.edge)
             rings[ends] = (Ring(comm, channel, port.values, counts[ends]), counts[ends])
     return rings

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from gpp.plan import Plan
-from gpp.program.stage import ForwardResult, StageFunctions, StageProgram, TermSum, ValueSpec
+from gpp.program.stage import ForwardResult, StageProgram, TermSum, ValueSpec
 from gpp.schedule.lower import returns_gradient
 from gpp.schedule.task import (
     Compute,
     Direction,
+    Instruction,
     Pass,
     Receive,
     Reduce,
@@ -40,7 +41,8 @@ from .results import local_weight
 from .schedules import pieces_of
 from .state import StageState
 
-Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, piece after piece
+Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
+_Piece = tuple[int, Samples]  # of a stage
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class StepOutcome:
 class Executor:
     """One rank's share of one schedule, to be run many times.
 
-    `functions` is None for an idle rank. `weight` is the loss whose divisor the stages must agree on.
+    `programs` are those of the rank's stages, none if it is idle. `rows` are the samples of a mini-batch that
+    it reads, and `keys` what it reads of them. `loss` is the one whose divisor the stages must agree on.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Executor:
         comm: Communicator,
         plan: Plan,
         schedule: Schedule,
-        program: StageProgram | None,
+        programs: Sequence[StageProgram],
         state: StageState | None,
         loss: TermSum,
         device: torch.device,
@@ -74,19 +77,33 @@ class Executor:
         self.state = state
         self.loss = loss
         self.device = device
-        self.stage = -1 if program is None else program.stage
-        self.functions = _functions(program, schedule)
-        self.pieces = pieces_of(schedule, comm.rank)
-        self._rows = _row_offsets(self.pieces)
-        self.channels = Channels(comm, schedule, self.functions)
+        self.functions = {p.stage: p.evaluate if schedule.forward_only else p.train for p in programs}
+        pieces = {stage: pieces_of(schedule, comm.rank, stage) for stage in self.functions}
+        reading = [stage for stage, functions in self.functions.items() if functions.batch_keys]
+        self.rows = sorted(
+            {i for s in reading for piece in pieces[s] for i in range(piece.start, piece.stop)}
+        )
+        self.keys = tuple(
+            dict.fromkeys(key for s in reading if pieces[s] for key in self.functions[s].batch_keys)
+        )
+        self.row_of = {sample: row for row, sample in enumerate(self.rows)}
+        updates = [i for i, instruction in enumerate(self.program) if isinstance(instruction, Update)]
+        self.last_update = updates[-1] if updates else -1
+        self.channels = Channels(comm, schedule, list(self.functions.values()))
         self.spans: list[Span] = []
+
+    @property
+    def own_state(self) -> StageState:
+        """The state of a rank that has stages."""
+        assert self.state is not None
+        return self.state
 
     def run(self, step: int, batch: Batch, *, record: bool = False) -> StepOutcome:
         """Run the program once. `step` keys random numbers; `batch` holds this rank's rows."""
         run = _Step(self, step, batch, self.spans if record else None)
         with torch.no_grad():
-            for instruction in self.program:
-                run.execute(instruction)
+            for at, instruction in enumerate(self.program):
+                run.execute(at, instruction)
             run.finish()
         return StepOutcome(run.terms, run.norm)
 
@@ -102,15 +119,17 @@ class _Step:
         self.terms: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
         self.norm: float | None = None
         self.held: dict[tuple[int, Direction], list[Held]] = defaultdict(list)
-        self.stash: dict[Samples, tuple[list[Tensor], list[Held]]] = {}
+        self.stash: dict[_Piece, tuple[list[Tensor], list[Held]]] = {}
+        self.inputs: dict[_Piece, tuple[list[Tensor], list[Held]]] = {}  # of forwards to run again
+        self.late: dict[_Piece, tuple[list[Tensor], list[Held]]] = {}  # what weight halves still need
         self.used: list[Held] = []  # slots to give back after the sends of this pass
         self.outputs: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
-        self.piece = Samples(0, 1)
+        self.task = Task(Pass.FORWARD, -1, Samples(0, 1))  # the last one: whose results are sent
         self.weight: float | None = None
         self.scaled = False
 
-    def execute(self, instruction: Compute | Send | Receive | Reduce | Update | Report) -> None:
+    def execute(self, at: int, instruction: Instruction) -> None:
         if self.used and not isinstance(instruction, Send):
             # the sends behind a pass may still read views of its buffers, the checker reckons so too
             self.release(self.used)
@@ -129,8 +148,9 @@ class _Step:
                 with self.span(Activity.REDUCE, f"reduce {instruction.what.value}"):
                     self.reduce(instruction)
             case Update():
-                with self.span(Activity.UPDATE, "update"):
-                    self.update()
+                if at == self.owner.last_update:  # one optimizer for all stages of the rank
+                    with self.span(Activity.UPDATE, "update"):
+                        self.update()
             case Report():
                 pass  # the trainer collects self.terms
             case _:
@@ -144,34 +164,39 @@ class _Step:
         self.held[transfer.edge, transfer.direction].append(held)
 
     def send(self, transfer: Transfer) -> None:
-        functions = self.owner.functions
-        assert functions is not None
+        functions = self.owner.functions[self.task.stage]
         gradient = transfer.direction is Direction.GRADIENT
         port = port_of(functions.receives if gradient else functions.sends, transfer.edge)
         values = self.gradients if gradient else self.outputs
-        start = transfer.samples.start - self.piece.start
+        start = transfer.samples.start - self.task.samples.start
         rows = slice(start, start + len(transfer.samples))
         carried = [values[v.name][rows] for v in port.values if v.needs_grad or not gradient]
         self.owner.channels.send(transfer, carried)
 
     def compute(self, task: Task) -> None:
-        self.piece = task.samples
+        self.task = task
+        piece = (task.stage, task.samples)
         match task.kind:
             case Pass.FORWARD:
                 self.forward(task)
             case Pass.BACKWARD:
-                self.backward(task)
-            case Pass.BACKWARD_INPUT | Pass.BACKWARD_WEIGHT | Pass.RECOMPUTE:
-                raise ValueError(
-                    f"a pass of kind {task.kind} needs a schedule that this version does not make"
-                )
+                gradients = self.backward_input(task)
+                self.backward_weight(task)
+                self.used += gradients
+            case Pass.BACKWARD_INPUT:
+                gradients = self.backward_input(task)
+                stash, kept = self.late[piece]
+                self.late[piece] = (_apart(stash, gradients), kept)
+                self.used = gradients
+            case Pass.BACKWARD_WEIGHT:
+                self.backward_weight(task)
+            case Pass.RECOMPUTE:
+                self.recompute(task)
             case _:
                 assert_never(task.kind)
 
     def forward(self, task: Task) -> None:
-        owner = self.owner
-        functions, state = owner.functions, owner.state
-        assert functions is not None and state is not None
+        owner, functions = self.owner, self.owner.functions[task.stage]
         received: dict[str, Tensor] = {}
         kept: list[Held] = []
         for port in functions.receives:
@@ -180,42 +205,63 @@ class _Step:
             kept += parts
         inputs = [received[v.name] for v in functions.inputs]
         inputs += [self.rows(key, task.samples) for key in functions.batch_keys]
-        position = torch.tensor([self.step, task.samples.start], device=owner.device)
-        result: ForwardResult = functions.sizes[len(task.samples)].forward(
-            state.arguments, state.buffer_arguments, inputs, position
-        )
+        result = self.run_forward(task, inputs, owner.own_state.buffer_arguments[task.stage])
         self.outputs = dict(zip((v.name for v in functions.outputs), result.outputs, strict=True))
         for name, term in zip(functions.terms, result.terms, strict=True):
             self.terms[name].append((task.samples.start, task.samples.stop, float(term)))
-        if owner.plan.stage_graph.stages[task.stage].has_backward and not owner.schedule.forward_only:
-            self.stash[task.samples] = (list(result.stash), kept)
-        else:
+        stage = owner.plan.stage_graph.stages[task.stage]
+        if not stage.has_backward or owner.schedule.forward_only:
             self.used = kept
+        elif stage.recompute:
+            self.inputs[task.stage, task.samples] = (inputs, kept)
+        else:
+            self.stash[task.stage, task.samples] = (list(result.stash), kept)
 
-    def backward(self, task: Task) -> None:
+    def run_forward(self, task: Task, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> ForwardResult:
         owner = self.owner
-        functions, state = owner.functions, owner.state
-        assert functions is not None and state is not None
+        position = torch.tensor([self.step, task.samples.start], device=owner.device)
+        run = owner.functions[task.stage].sizes[len(task.samples)]
+        return run.forward(owner.own_state.arguments[task.stage], buffers, inputs, position)
+
+    def recompute(self, task: Task) -> None:
+        """The forward again, for its stash: random operators are keyed and give the same bits; buffers have
+        had their update and are left alone."""
+        inputs, kept = self.inputs.pop((task.stage, task.samples))
+        copies = [buffer.clone() for buffer in self.owner.own_state.buffer_arguments[task.stage]]
+        self.stash[task.stage, task.samples] = (list(self.run_forward(task, inputs, copies).stash), kept)
+
+    def backward_input(self, task: Task) -> list[Held]:
+        """The input half; what the weight half needs is put aside. Returns the gradients' buffers."""
+        owner, functions = self.owner, self.owner.functions[task.stage]
+        edges = owner.plan.stage_graph.edges
         arrived: dict[str, list[Tensor]] = defaultdict(list)
         used: list[Held] = []
         # eager autograd sums the uses of a value from the last to the first
         for port in reversed(functions.sends):
             values = [v for v in port.values if v.needs_grad]
-            if not returns_gradient(owner.plan.stage_graph, owner.plan.stage_graph.edges[port.edge]):
+            if not returns_gradient(owner.plan.stage_graph, edges[port.edge]):
                 continue
             parts = self.take(port.edge, Direction.GRADIENT, task.samples)
             for value, gradient in zip(values, joined(parts, owner.device), strict=True):
                 arrived[value.name].append(gradient)
             used += parts
-        size = len(task.samples)
+        piece, size = (task.stage, task.samples), len(task.samples)
+        if piece in self.inputs:
+            self.recompute(task)
         tangents = [_sum(arrived[v.name], v, size, owner.device) for v in functions.outputs if v.needs_grad]
-        stash, kept = self.stash.pop(task.samples)
-        run = functions.sizes[size]
-        back = run.backward_input(state.arguments, stash, tangents)
+        stash, kept = self.stash.pop(piece)
+        back = functions.sizes[size].backward_input(owner.own_state.arguments[task.stage], stash, tangents)
         names = (v.name for v in functions.inputs if v.needs_grad)
         self.gradients = dict(zip(names, back.gradients, strict=True))
-        state.accumulate(run.backward_weight(state.arguments, list(back.stash)))
-        self.used = [*kept, *used]
+        self.late[piece] = (list(back.stash), kept)
+        return used
+
+    def backward_weight(self, task: Task) -> None:
+        state = self.owner.own_state
+        stash, kept = self.late.pop((task.stage, task.samples))
+        run = self.owner.functions[task.stage].sizes[len(task.samples)]
+        state.accumulate(task.stage, run.backward_weight(state.arguments[task.stage], stash))
+        self.used = kept
 
     def take(self, edge: int, way: Direction, samples: Samples) -> list[Held]:
         """The messages that make up `samples`, in order."""
@@ -225,7 +271,7 @@ class _Step:
         return sorted(parts, key=lambda h: h.samples)
 
     def rows(self, key: str, samples: Samples) -> Tensor:
-        start = self.owner._rows[samples]
+        start = self.owner.row_of[samples.start]
         return self.batch[key][start : start + len(samples)]
 
     def release(self, held: Sequence[Held]) -> None:
@@ -233,9 +279,7 @@ class _Step:
             item.release()
 
     def reduce(self, instruction: Reduce) -> None:
-        owner = self.owner
-        state = owner.state
-        assert state is not None
+        owner, state = self.owner, self.owner.own_state
         match instruction.what:
             case Reduction.GRADIENTS:
                 state.reduce(owner.comm, instruction.group, instruction.shared)
@@ -261,8 +305,7 @@ class _Step:
 
     def update(self) -> None:
         self.scale()
-        assert self.owner.state is not None
-        self.norm = self.owner.state.update()
+        self.norm = self.owner.own_state.update()
 
     def finish(self) -> None:
         self.release(self.used)
@@ -288,7 +331,7 @@ class _Timer:
                 label=self.label,
                 start=self.start,
                 stop=time.perf_counter(),
-                stage=self.step.owner.stage,
+                stage=_stage_of(self.step, what),
                 samples=(what.samples.start, what.samples.stop) if what is not None else None,
                 edge=what.edge if isinstance(what, Transfer) else -1,
                 step=self.step.step,
@@ -296,18 +339,18 @@ class _Timer:
         )
 
 
-def _functions(program: StageProgram | None, schedule: Schedule) -> StageFunctions | None:
-    if program is None:
-        return None
-    return program.evaluate if schedule.forward_only else program.train
+def _stage_of(step: _Step, what: Task | Transfer | None) -> int:
+    """The stage a span belongs to: of what is not a pass, the one that ran last; the only one, mostly."""
+    if isinstance(what, Task):
+        return what.stage
+    return step.task.stage if len(step.owner.functions) > 1 else next(iter(step.owner.functions), -1)
 
 
-def _row_offsets(pieces: Sequence[Samples]) -> dict[Samples, int]:
-    offsets, start = {}, 0
-    for piece in pieces:
-        offsets[piece] = start
-        start += len(piece)
-    return offsets
+def _apart(stash: Sequence[Tensor], gradients: Sequence[Held]) -> list[Tensor]:
+    """The tensors, those that are views of the gradients' buffers copied: these are given back before the
+    weight half runs."""
+    lent = {view.untyped_storage().data_ptr() for held in gradients for view in held.message.views}
+    return [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in stash]
 
 
 def _sum(gradients: Sequence[Tensor], value: ValueSpec, size: int, device: torch.device) -> Tensor:

@@ -18,16 +18,16 @@ Layout = dict[int, tuple[ValueSpec, ...] | None]
 
 
 def check_neighbors(
-    comm: Communicator, graph: StageGraph, schedule: Schedule, functions: StageFunctions | None
+    comm: Communicator, graph: StageGraph, schedule: Schedule, stages: Sequence[StageFunctions]
 ) -> None:
     """Raise DisagreementError on every rank unless the two ends of each edge agree.
 
-    `functions` are those of this rank's stage in the schedule's mode, None for an idle rank. Called by all
-    ranks. Compared are the ranks at both ends and, value by value, name, shape, data type and needs_grad.
+    `stages` are the functions of this rank's stages in the schedule's mode, none for an idle rank. Called by
+    all ranks. Compared are the ranks at both ends and, value by value, name, shape, data type and needs_grad.
     """
     forward = [c for c in schedule.channels if c.direction is Direction.ACTIVATION]
-    receives = functions.receives if functions else ()
-    sends = functions.sends if functions else ()
+    receives = [port for functions in stages for port in functions.receives]
+    sends = [port for functions in stages for port in functions.sends]
     incoming = _layouts([c for c in forward if c.target == comm.rank], receives, outward=False)
     outgoing = _layouts([c for c in forward if c.source == comm.rank], sends, outward=True)
     _check_adjacency(comm, sorted(incoming), sorted(outgoing))

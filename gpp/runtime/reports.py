@@ -1,6 +1,6 @@
-"""How the scalar terms of all stages reach rank 0: one small message per stage and step."""
+"""How the scalar terms of all stages reach rank 0: one small message per rank and step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,20 +18,25 @@ COLLECTOR = 0
 
 @dataclass(frozen=True, slots=True)
 class _Source:
+    """What a rank sends: for each term of its stages a value for each of its pieces."""
+
     rank: int
-    terms: tuple[str, ...]
-    pieces: tuple[Samples, ...]
+    terms: tuple[tuple[str, tuple[Samples, ...]], ...]
+
+    @property
+    def count(self) -> int:
+        return sum(len(pieces) for _, pieces in self.terms)
 
 
 class Reports:
     """Collects one schedule's terms. Made by all ranks together; `tag` is this schedule's own."""
 
     def __init__(
-        self, comm: Communicator, schedule: Schedule, program: StageProgram | None, tag: int
+        self, comm: Communicator, schedule: Schedule, programs: Sequence[StageProgram], tag: int
     ) -> None:
         self.comm = comm
         self.tag = tag
-        mine = _own(comm.rank, schedule, program)
+        mine = _own(comm.rank, schedule, programs)
         self._sources = [s for s in comm.all_gather_object(mine) if s is not None]
         self._mine = mine
         self._under_way: Request | None = None
@@ -44,9 +49,7 @@ class Reports:
                 self._send(outcome)
             return {}
         tables = {
-            s.rank: torch.empty(len(s.terms), len(s.pieces), dtype=torch.float64)
-            for s in self._sources
-            if s.rank != COLLECTOR
+            s.rank: torch.empty(s.count, dtype=torch.float64) for s in self._sources if s.rank != COLLECTOR
         }
         self.comm.wait([self.comm.irecv(table, rank, self.tag) for rank, table in tables.items()])
         found: dict[str, list[tuple[int, int, float]]] = {
@@ -55,17 +58,16 @@ class Reports:
         for source in self._sources:
             if source.rank == COLLECTOR:
                 continue
-            for name, row in zip(source.terms, tables[source.rank].tolist(), strict=True):
-                found.setdefault(name, []).extend(
-                    (p.start, p.stop, value) for p, value in zip(source.pieces, row, strict=True)
-                )
+            values = iter(tables[source.rank].tolist())
+            for name, pieces in source.terms:
+                found.setdefault(name, []).extend((p.start, p.stop, next(values)) for p in pieces)
         return found
 
     def _send(self, outcome: StepOutcome) -> None:
         assert self._mine is not None
         self.flush()
-        rows = [[value for _, _, value in outcome.terms[name]] for name in self._mine.terms]
-        self._table = torch.tensor(rows, dtype=torch.float64)
+        values = [value for name, _ in self._mine.terms for _, _, value in outcome.terms[name]]
+        self._table = torch.tensor(values, dtype=torch.float64)
         self._under_way = self.comm.isend(self._table, COLLECTOR, self.tag)
 
     def flush(self) -> None:
@@ -75,8 +77,11 @@ class Reports:
             self._under_way = None
 
 
-def _own(rank: int, schedule: Schedule, program: StageProgram | None) -> _Source | None:
-    if program is None or not any(isinstance(i, Report) for i in schedule.programs[rank]):
-        return None
-    functions = program.evaluate if schedule.forward_only else program.train
-    return _Source(rank, functions.terms, pieces_of(schedule, rank))
+def _own(rank: int, schedule: Schedule, programs: Sequence[StageProgram]) -> _Source | None:
+    terms = []
+    for program in programs:
+        if Report(program.stage) in schedule.programs[rank]:
+            functions = program.evaluate if schedule.forward_only else program.train
+            pieces = pieces_of(schedule, rank, program.stage)
+            terms += [(name, pieces) for name in functions.terms]
+    return _Source(rank, tuple(terms)) if terms else None

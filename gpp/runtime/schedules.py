@@ -24,17 +24,17 @@ def schedules(plan: Plan, evaluation: Plan, held_out: int) -> Schedules:
     return Schedules(lower(plan), {n: lower(evaluation, forward_only=True, samples=n) for n in sorted(sizes)})
 
 
-def call_sizes(schedule: Schedule, rank: int) -> set[int]:
-    """The numbers of samples that a rank's calls see."""
-    return {len(piece) for piece in pieces_of(schedule, rank)}
+def call_sizes(schedule: Schedule, rank: int, stage: int) -> set[int]:
+    """The numbers of samples that a rank's calls of one of its stages see."""
+    return {len(piece) for piece in pieces_of(schedule, rank, stage)}
 
 
-def pieces_of(schedule: Schedule, rank: int) -> tuple[Samples, ...]:
-    """The samples that a rank's forwards work on, in order; none for a rank that the plan does not know."""
+def pieces_of(schedule: Schedule, rank: int, stage: int) -> tuple[Samples, ...]:
+    """The samples that a rank's forwards of a stage work on, in order; none where it has no such stage."""
     if rank >= len(schedule.programs):
         return ()
     return tuple(
         i.task.samples
         for i in schedule.programs[rank]
-        if isinstance(i, Compute) and i.task.kind is Pass.FORWARD
+        if isinstance(i, Compute) and i.task.kind is Pass.FORWARD and i.task.stage == stage
     )

@@ -1,4 +1,4 @@
-"""What a rank keeps of its stage between steps: parameters, buffers, gradients, optimizer.
+"""What a rank keeps of its stages between steps: parameters, buffers, gradients, optimizer.
 
 Gradients live in flat buffers, one for each group of ranks that sums them, so a reduction needs no copy.
 """
@@ -30,29 +30,35 @@ class Clipping:
 
 
 class StageState:
-    """Parameters and buffers by full name, and everything an update needs.
+    """Parameters and buffers by full name, and everything an update needs, of all stages of a rank.
 
-    Gradients of the micro-batches are summed, scaled by one over the loss weight, clipped, and handed to the
-    optimizer: any class of torch.optim.
+    `arguments[stage]` and `buffer_arguments[stage]` are what the stage's functions take. Gradients of the
+    micro-batches are summed, scaled by one over the loss weight, clipped, and handed to the optimizer: any
+    class of torch.optim.
     """
 
     def __init__(
         self,
-        program: StageProgram,
+        programs: Sequence[StageProgram],
         graph: StageGraph,
         values: Mapping[str, Tensor],
         make_optimizer: MakeOptimizer,
         clipping: Clipping | None = None,
     ) -> None:
-        self.program = program
         self.clipping = clipping
-        self.parameters = {
-            name: nn.Parameter(values[name], requires_grad=trainable)
+        learns = {
+            name: trainable
+            for program in programs
             for name, trainable in zip(program.parameters, program.trainable, strict=True)
         }
-        self.buffers = {name: values[name] for name in program.buffers}
-        self.arguments: list[Tensor] = [p.detach() for p in self.parameters.values()]
-        self.buffer_arguments: list[Tensor] = list(self.buffers.values())
+        self.parameters = {
+            name: nn.Parameter(values[name], requires_grad=trainable) for name, trainable in learns.items()
+        }
+        self.buffers = {name: values[name] for program in programs for name in program.buffers}
+        data = {name: p.detach() for name, p in self.parameters.items()}
+        self.arguments = {p.stage: [data[name] for name in p.parameters] for p in programs}
+        self.buffer_arguments = {p.stage: [self.buffers[name] for name in p.buffers] for p in programs}
+        self._learning = {p.stage: tuple(n for n in p.parameters if learns[n]) for p in programs}
         self.trainable = tuple(n for n, p in self.parameters.items() if p.requires_grad)
         self._flats = _flat_gradients(self, graph)
         self.gradients = {name: view for flat in self._flats.values() for name, view in flat.views.items()}
@@ -61,9 +67,9 @@ class StageState:
         learning = [(name, self.parameters[name]) for name in self.trainable]
         self.optimizer = make_optimizer(learning) if learning else None
 
-    def accumulate(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one micro-batch's gradients, in the order of the trainable parameters."""
-        for name, gradient in zip(self.trainable, gradients, strict=True):
+    def accumulate(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
+        """Add one micro-batch's gradients, in the order of the stage's trainable parameters."""
+        for name, gradient in zip(self._learning[stage], gradients, strict=True):
             if gradient is not None:
                 self.gradients[name].add_(gradient)
                 self._reached.add(name)

@@ -60,7 +60,7 @@ class Measured:
 class Trainer:
     """One rank's part of a run. All ranks make it and call its methods together.
 
-    `program` and `state` are None on idle ranks.
+    `programs` are those of the rank's stages; on an idle rank there are none, and `state` is None.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Trainer:
         plan: Plan,
         evaluation: Plan,
         lowered: Schedules,
-        program: StageProgram | None,
+        programs: Sequence[StageProgram],
         state: StageState | None,
         train: Results,
         evaluate: Results,
@@ -81,11 +81,11 @@ class Trainer:
         self.train_results = train
         self.evaluate_results = evaluate
         self.device = device
-        self.program = program
+        self.programs = programs
         self.measured = Measured()
         self._spans: list[Span] = []
         self._zero = 0.0
-        check_neighbors(comm, plan.stage_graph, lowered.train, program.train if program else None)
+        check_neighbors(comm, plan.stage_graph, lowered.train, [p.train for p in programs])
         self._train = self._runner(plan, lowered.train, train, 0)
         self._evaluate = {
             size: self._runner(evaluation, schedule, evaluate, 1 + i)
@@ -93,9 +93,9 @@ class Trainer:
         }
 
     def _runner(self, plan: Plan, schedule: Schedule, results: Results, number: int) -> "_Runner":
-        executor = Executor(self.comm, plan, schedule, self.program, self.state, results.loss, self.device)
+        executor = Executor(self.comm, plan, schedule, self.programs, self.state, results.loss, self.device)
         tag = 2 * (len(self.plan.stage_graph.edges) + len(plan.stage_graph.edges)) + number
-        return _Runner(executor, Reports(self.comm, schedule, self.program, tag))
+        return _Runner(executor, Reports(self.comm, schedule, self.programs, tag))
 
     def fit(
         self,
@@ -112,8 +112,7 @@ class Trainer:
         if start >= stop:
             return
         runner = self._train
-        rows = _positions(runner.executor)
-        keys = runner.keys
+        rows, keys = runner.executor.rows, runner.executor.keys
         self.comm.barrier()
         self._zero = time.perf_counter()
         runner.executor.channels.open(stop - start)
@@ -157,10 +156,10 @@ class Trainer:
         for size in sorted({len(b) for b in batches}, reverse=True):
             group = [b for b in batches if len(b) == size]
             runner = self._evaluate[size]
-            rows = _positions(runner.executor)
+            rows = runner.executor.rows
             runner.executor.channels.open(len(group))
             reads = [[batch[i] for i in rows] for batch in group]
-            with Prefetcher(dataset, runner.keys, reads.__getitem__, 0, len(group)) as reader:
+            with Prefetcher(dataset, runner.executor.keys, reads.__getitem__, 0, len(group)) as reader:
                 for _ in group:
                     batch = {key: value.to(self.device) for key, value in reader.next().items()}
                     terms = runner.reports.exchange(runner.executor.run(0, batch))
@@ -193,19 +192,9 @@ class _Runner:
     executor: Executor
     reports: Reports
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        functions = self.executor.functions
-        return functions.batch_keys if functions is not None and self.executor.pieces else ()
-
     def close(self) -> None:
         self.executor.channels.close()
         self.reports.flush()
-
-
-def _positions(executor: Executor) -> list[int]:
-    """This rank's rows of a batch, piece after piece."""
-    return [i for piece in executor.pieces for i in range(piece.start, piece.stop)]
 
 
 def _shifted(span: Span, zero: float) -> Span:

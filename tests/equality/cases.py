@@ -13,6 +13,9 @@ from . import models
 class Case:
     """`stages` are prefixes of operator names, one tuple a stage ("" takes the rest), with replicas.
 
+    `chained` adds an order between neighbours; `lags` are the weight lags of the stages, in micro-batches
+    held beyond the rule's; `recompute` lists stages that run their forward again.
+
     `exact`: sums are in the reference's order, so float32 must be equal to the bit; else the run is in
     float64 and must agree to 1e-10.
     """
@@ -28,6 +31,9 @@ class Case:
     extra: int = 0
     optimizer: str = "adamw"
     clip: float | None = None
+    chained: bool = False
+    lags: tuple[int, ...] = ()
+    recompute: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -48,6 +54,7 @@ class Case:
 
 
 _FOUR = (("a",), ("b",), ("c",), ("",))
+_THREE = (("a",), ("b",), ("",))
 
 CASES = (
     Case("one-stage", models.Chain, (("",),)),
@@ -57,12 +64,35 @@ CASES = (
     Case("chain-3", models.Chain, (("a",), ("b", "c"), ("",)), micro_batch=1),
     Case("chain-4", models.Chain, _FOUR),
     Case("chain-gpipe", models.Chain, _FOUR, policy="gpipe"),
+    Case("chain-zero-bubble", models.Chain, _FOUR, policy="zero-bubble", lags=(0, 1, 2, 3), micro_batch=1),
+    Case("chain-recompute", models.Chain, _FOUR, recompute=(0, 1, 3)),
     Case("chain-eager", models.Chain, (("a",), ("b", "c"), ("",)), extra=1, micro_batch=1),
     Case("chain-sgd", models.Chain, (("a",), ("b",), ("",)), optimizer="sgd"),
     Case("chain-rmsprop", models.Chain, (("a", "b"), ("",)), optimizer="rmsprop"),
     Case("odd-micro-batch", models.Chain, (("a",), ("",)), micro_batch=3, mini_batch=9),
     Case("two-towers", models.TwoTowers, (("a",), ("b",), ("",))),
+    Case("two-towers-in-a-row", models.TwoTowers, (("a",), ("b",), ("",)), chained=True),
+    Case(
+        "two-towers-zero-bubble", models.TwoTowers, _THREE, policy="zero-bubble", lags=(0, 1, 2)
+    ),
     Case("diamond", models.Diamond, _FOUR),
+    Case(
+        "diamond-zero-bubble-replicas",
+        models.Diamond,
+        _FOUR,
+        replicas=(1, 2, 1, 2),
+        policy="zero-bubble",
+        lags=(1, 1, 2, 1),
+        exact=False,
+    ),
+    Case(
+        "diamond-zero-bubble",
+        models.Diamond,
+        _FOUR,
+        policy="zero-bubble",
+        lags=(0, 2, 1, 2),
+        recompute=(1,),
+    ),
     Case("fan-out", models.FanOut, (("a", "b"), ("c",), ("",))),
     Case(
         "unbalanced-six", models.Unbalanced, (("a",), ("b.0",), ("b.1",), ("b.2",), ("",)),
@@ -78,9 +108,14 @@ CASES = (
     Case("tied", models.Tied, (("a",), ("b",), ("",)), exact=False),
     Case("tied-one-micro-batch", models.Tied, (("a",), ("b",), ("",)), micro_batch=8),
     Case("tied-replicas", models.Tied, (("a",), ("b",), ("",)), replicas=(2, 1, 1), exact=False),
+    Case("batch-norm-recompute", models.BatchNorm, (("a",), ("norm", "b"), ("",)), recompute=(0, 1)),
     Case("batch-norm", models.BatchNorm, (("a",), ("norm", "b"), ("",))),
     Case("dropout", models.Dropout, (("a",), ("b",), ("",))),
     Case("dropout-replicas", models.Dropout, (("a",), ("b",), ("",)), replicas=(2, 1, 1), exact=False),
+    Case("dropout-recompute", models.Dropout, (("a",), ("b",), ("",)), recompute=(0, 1)),
+    Case(
+        "encoder-zero-bubble", models.Encoder, _FOUR, policy="zero-bubble", lags=(0, 1, 1, 2)
+    ),
     Case("encoder", models.Encoder, (("a",), ("b",), ("c",), ("",))),
     Case("encoder-fine", models.Encoder, (("a", "b.self"), ("b",), ("c.self",), ("",))),
     Case("two-heads", models.TwoHeads, (("a",), ("b",), ("",))),

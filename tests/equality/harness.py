@@ -1,7 +1,7 @@
 """Runs a case on a world of ranks and holds every number against the reference."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,7 +21,7 @@ from gpp.runtime.executor import Executor
 from gpp.runtime.reference import Reference
 from gpp.runtime.reports import Reports
 from gpp.runtime.results import Total, combine
-from gpp.runtime.schedules import Schedules, pieces_of, schedules
+from gpp.runtime.schedules import Schedules, call_sizes, schedules
 from gpp.runtime.state import Clipping, StageState
 from gpp.schedule.check import check
 from gpp.topology import Device, DeviceTopology, Link
@@ -47,18 +47,20 @@ class Ready:
     batches: list[dict[str, Tensor]]
     held_out: dict[str, Tensor]
 
-    def program(self, rank: int) -> StageProgram | None:
-        stage = next((i for i, s in enumerate(self.plan.stage_graph.stages) if rank in s.devices), None)
-        if stage is None:
-            return None
+    def programs(self, rank: int) -> list[StageProgram]:
+        return [self.program(rank, stage) for stage in self.plan.residents.get(rank, ())]
+
+    def program(self, rank: int, stage: int) -> StageProgram:
         return build_stage(
             self.captured.traced,
             self.plan,
             self.evaluation,
             stage,
             Roots(self.captured.roots, self.captured.train.loss.weight is None),
-            train_sizes=[len(p) for p in pieces_of(self.lowered.train, rank)],
-            evaluation_sizes=[len(p) for s in self.lowered.evaluate.values() for p in pieces_of(s, rank)],
+            train_sizes=call_sizes(self.lowered.train, rank, stage),
+            evaluation_sizes={
+                n for schedule in self.lowered.evaluate.values() for n in call_sizes(schedule, rank, stage)
+            },
             device=CPU,
         )
 
@@ -116,9 +118,17 @@ def make_plan(case: Case, captured: Captured) -> Plan:
     for prefixes, count in zip(case.stages, replicas, strict=True):
         chosen = [name for name in left if any(name.startswith(p) for p in prefixes)]
         assert chosen, (case.name, prefixes, list(captured.graph.index))
-        groups.append(Group(tuple(left.pop(name) for name in chosen), count))
+        again = len(groups) in case.recompute
+        groups.append(Group(tuple(left.pop(name) for name in chosen), count, recompute=again))
     assert not left, (case.name, left)
-    plan = assemble(problem, groups, case.micro_batch, "by hand")
+    plan = assemble(problem, groups, case.micro_batch, "by hand", chained=case.chained)
+    if case.lags:
+        stages = zip(plan.stage_graph.stages, case.lags, strict=True)
+        lagging = tuple(
+            replace(stage, weight_lag=lag, in_flight=stage.in_flight + lag * stage.micro_batch)
+            for stage, lag in stages
+        )
+        plan = replace(plan, stage_graph=replace(plan.stage_graph, stages=lagging))
     check_plan(plan, captured.graph)
     return mode_plan(plan, captured.traced.train)
 
@@ -148,18 +158,18 @@ class Outcome:
     evaluation: dict[str, float]
 
 
-def run_rank(ready: Ready, comm: Communicator, program: StageProgram | None) -> Outcome:
+def run_rank(ready: Ready, comm: Communicator, programs: Sequence[StageProgram]) -> Outcome:
     case, captured = ready.case, ready.captured
     train = captured.train
     evaluate = captured.evaluate
     state = None
-    if program is not None:
-        owned = {n: ready.values[n].clone() for n in (*program.parameters, *program.buffers)}
-        state = Watched(program, ready.plan.stage_graph, owned, case.make_optimizer, ready.clipping)
+    if programs:
+        owned = {n: ready.values[n].clone() for p in programs for n in (*p.parameters, *p.buffers)}
+        state = Watched(programs, ready.plan.stage_graph, owned, case.make_optimizer, ready.clipping)
 
     def runner(plan: Plan, schedule, results, tag) -> tuple[Executor, Reports]:
-        executor = Executor(comm, plan, schedule, program, state, results.loss, CPU)
-        return executor, Reports(comm, schedule, program, tag)
+        executor = Executor(comm, plan, schedule, programs, state, results.loss, CPU)
+        return executor, Reports(comm, schedule, programs, tag)
 
     executor, reports = runner(ready.plan, ready.lowered.train, train, 100)
     losses, metrics, norms = [], [], []
@@ -198,9 +208,7 @@ def run_rank(ready: Ready, comm: Communicator, program: StageProgram | None) -> 
 
 
 def rows(executor: Executor, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    index = [i for piece in executor.pieces for i in range(piece.start, piece.stop)]
-    keys = executor.functions.batch_keys if executor.functions else ()
-    return {key: whole[key][index] for key in keys}
+    return {key: whole[key][executor.rows] for key in executor.keys}
 
 
 def ragged(mini_batch: int) -> list[tuple[int, int]]:

@@ -23,11 +23,9 @@ def main() -> None:
             if case.ranks != comm.size:
                 continue
             ready = prepare(case)
-            program = ready.program(comm.rank)
-            check_neighbors(
-                comm, ready.plan.stage_graph, ready.lowered.train, program.train if program else None
-            )
-            compare(ready, [run_rank(ready, comm, program)])
+            programs = ready.programs(comm.rank)
+            check_neighbors(comm, ready.plan.stage_graph, ready.lowered.train, [p.train for p in programs])
+            compare(ready, [run_rank(ready, comm, programs)])
             comm.barrier()
             if comm.rank == 0:
                 print("passed", case.name, flush=True)

@@ -13,6 +13,6 @@ from .harness import compare, prepare, run_rank
 def test_equal_to_reference(case: Case) -> None:
     torch.set_num_threads(1)
     ready = prepare(case)
-    programs = [ready.program(rank) for rank in range(case.ranks)]
+    programs = [ready.programs(rank) for rank in range(case.ranks)]
     outcomes = run(LoopbackWorld(case.ranks), lambda comm: run_rank(ready, comm, programs[comm.rank]))
     compare(ready, outcomes)

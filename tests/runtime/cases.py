@@ -367,7 +367,8 @@ def chain_ends(comm: Communicator) -> tuple[StageGraph, Schedule, StageFunctions
 
 
 def case_neighbors_that_agree(comm: Communicator) -> None:
-    check_neighbors(comm, *chain_ends(comm))
+    graph, schedule, functions = chain_ends(comm)
+    check_neighbors(comm, graph, schedule, [functions])
 
 
 def case_neighbors_that_disagree(comm: Communicator) -> None:
@@ -380,7 +381,7 @@ def case_neighbors_that_disagree(comm: Communicator) -> None:
         r"rank 1 expects x float32 \(5, 3\) with gradient"
     )
     with pytest.raises(DisagreementError, match=text):
-        check_neighbors(comm, graph, schedule, functions)
+        check_neighbors(comm, graph, schedule, [functions])
 
 
 def case_neighbors_that_disagree_about_gradients(comm: Communicator) -> None:
@@ -390,7 +391,7 @@ def case_neighbors_that_disagree_about_gradients(comm: Communicator) -> None:
     with pytest.raises(
         DisagreementError, match=r"value h: rank 0 produces .* without gradient, rank 1 .* with"
     ):
-        check_neighbors(comm, graph, schedule, functions)
+        check_neighbors(comm, graph, schedule, [functions])
 
 
 def case_neighbors_with_a_value_too_few(comm: Communicator) -> None:
@@ -398,13 +399,13 @@ def case_neighbors_with_a_value_too_few(comm: Communicator) -> None:
     if comm.rank == 1:
         functions = replace(functions, receives=(Port(0, (FLOAT, INTEGER)),))
     with pytest.raises(DisagreementError, match=r"value h: .* rank 1 expects nothing there"):
-        check_neighbors(comm, graph, schedule, functions)
+        check_neighbors(comm, graph, schedule, [functions])
 
 
 def case_neighbors_without_a_port(comm: Communicator) -> None:
     graph, schedule, functions = chain_ends(comm)
     with pytest.raises(DisagreementError, match=r"edge 0 \(s0 -> s1\): rank 1 does not expect it"):
-        check_neighbors(comm, graph, schedule, None if comm.rank == 1 else functions)
+        check_neighbors(comm, graph, schedule, [] if comm.rank == 1 else [functions])
 
 
 def case_neighbors_with_different_schedules(comm: Communicator) -> None:
@@ -412,7 +413,7 @@ def case_neighbors_with_different_schedules(comm: Communicator) -> None:
     if comm.rank == 1:
         schedule = replace(schedule, channels=())
     with pytest.raises(DisagreementError, match="rank 0 sends to rank 1, which expects nothing"):
-        check_neighbors(comm, graph, schedule, functions)
+        check_neighbors(comm, graph, schedule, [functions])
 
 
 CASES = {name.removeprefix("case_"): f for name, f in list(globals().items()) if name.startswith("case_")}

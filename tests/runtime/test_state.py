@@ -22,7 +22,7 @@ def make(names: tuple[str, ...], clip: float | None = None, shared: tuple[str, .
     values = {name: torch.full((3,), float(i + 1)) for i, name in enumerate(names)}
     clipping = None if clip is None else Clipping(clip, ("a", "b", "c"))
     return StageState(
-        program, graph, values, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0), clipping
+        [program], graph, values, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0), clipping
     )
 
 
@@ -30,7 +30,7 @@ def test_a_parameter_that_no_gradient_reaches_is_left_alone() -> None:
     """As torch does with grad None: no weight decay, no momentum."""
     state = make(("a", "b"))
     state.optimizer = torch.optim.SGD(state.parameters.values(), lr=1.0, weight_decay=0.5)
-    state.accumulate([torch.ones(3), None])
+    state.accumulate(0, [torch.ones(3), None])
     state.update()
     assert torch.equal(state.parameters["b"], torch.full((3,), 2.0))
     assert torch.equal(state.parameters["a"], torch.full((3,), 1.0 - 1.0 - 0.5))
@@ -38,8 +38,8 @@ def test_a_parameter_that_no_gradient_reaches_is_left_alone() -> None:
 
 def test_gradients_are_summed_scaled_and_cleared() -> None:
     state = make(("a",))
-    state.accumulate([torch.ones(3)])
-    state.accumulate([torch.ones(3)])
+    state.accumulate(0, [torch.ones(3)])
+    state.accumulate(0, [torch.ones(3)])
     state.scale(4.0)
     state.update()
     assert torch.equal(state.parameters["a"], torch.full((3,), 0.5))
@@ -54,7 +54,7 @@ def test_clipping_over_ranks_is_torchs_own(bound: float) -> None:
     def rank(comm) -> tuple[float | None, dict[str, torch.Tensor]]:
         names = ("a", "c") if comm.rank == 0 else ("b",)
         state = make(names, bound)
-        state.accumulate([gradients[name] for name in names])
+        state.accumulate(0, [gradients[name] for name in names])
         state.gather_norms(comm, (0, 1))
         return state.update(), {n: p.detach() for n, p in state.parameters.items()}
 
@@ -74,7 +74,7 @@ def test_clipping_over_ranks_is_torchs_own(bound: float) -> None:
 def test_a_norm_that_is_not_a_number_is_seen_everywhere() -> None:
     def rank(comm) -> float | None:
         state = make(("a",) if comm.rank == 0 else ("b",), 1.0)
-        state.accumulate([torch.full((3,), math.nan if comm.rank == 0 else 1.0)])
+        state.accumulate(0, [torch.full((3,), math.nan if comm.rank == 0 else 1.0)])
         state.gather_norms(comm, (0, 1))
         return state.update()
 
@@ -83,7 +83,7 @@ def test_a_norm_that_is_not_a_number_is_seen_everywhere() -> None:
 
 def test_tied_gradients_lie_apart() -> None:
     state = make(("a", "b"), shared=("b",))
-    state.accumulate([torch.ones(3), torch.ones(3)])
+    state.accumulate(0, [torch.ones(3), torch.ones(3)])
 
     def rank(comm) -> None:
         state.reduce(comm, (0,), 0)
@@ -97,8 +97,8 @@ def test_several_dtypes_a_stage() -> None:
     graph = StageGraph.__new__(StageGraph)
     object.__setattr__(graph, "shared", ())
     values = {"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.float64)}
-    state = StageState(program, graph, values, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0))
-    state.accumulate([torch.ones(1), torch.ones(1, dtype=torch.float64)])
+    state = StageState([program], graph, values, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0))
+    state.accumulate(0, [torch.ones(1), torch.ones(1, dtype=torch.float64)])
     run(LoopbackWorld(1), lambda comm: state.reduce(comm, (0,), -1))
     state.update()
     assert [p.item() for p in state.parameters.values()] == [-1.0, -1.0]
