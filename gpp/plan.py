@@ -5,6 +5,7 @@ made with, only their fingerprints. One function, `stage_memory`, states the mem
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,8 +56,9 @@ class Stage:
     `in_flight` counts samples over all replicas; a replica works on `micro_batch / len(devices)` samples at a
     time. `stash` and `weight_stash` are bytes per sample; `parameter_bytes` and the rest are bytes of one
     replica. `weight_lag` is by how many micro-batches the weight half of a backward trails the input half
-    (0: both in one go; only under "zero-bubble"). With `recompute` the forward runs again before a backward,
-    with `shard_optimizer` each replica keeps the optimizer's state of its share of the parameters.
+    under "zero-bubble", and under "greedy" may trail it at most (0: both in one go). With `recompute` the
+    forward runs again before a backward, with `shard_optimizer` each replica keeps the optimizer's state of
+    its share of the parameters, and `optimizer_bytes` are those of the fullest.
     """
 
     name: str
@@ -210,11 +212,20 @@ class Fingerprints:
     topology: str
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Something that the planner chose, and the seconds of a step with it and everything before it."""
+
+    name: str
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything needed to schedule, simulate and run one training step.
 
-    `estimate` and `lower_bound` are seconds of one step. `loss_weighted` and `global_norm` say which scalars
+    `estimate` and `lower_bound` are seconds of one step, `choices` what led from the best other planner's
+    plan to this one. `loss_weighted` and `global_norm` say which scalars
     all stages must agree on before they update.
     """
 
@@ -229,6 +240,7 @@ class Plan:
     lower_bound: float = 0.0
     loss_weighted: bool = False
     global_norm: bool = False
+    choices: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mini_batch < 1:
@@ -302,11 +314,25 @@ class StageMemory:
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.stash + self.messages
 
 
-def stage_memory(graph: StageGraph, index: int) -> StageMemory:
+def shared_out(sizes: Mapping[str, int], shares: int) -> dict[str, int]:
+    """Names to one of `shares` numbers: the largest first, each to the share with the fewest bytes so far.
+
+    How replicas divide the optimizer's state: by whole parameters, so any optimizer works.
+    """
+    load = [0] * shares
+    found = {}
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        found[name] = load.index(min(load))
+        load[found[name]] += sizes[name]
+    return found
+
+
+def stage_memory(graph: StageGraph, index: int, *, greedy: bool = False) -> StageMemory:
     """The memory model (GraphPipe §5): a whole copy of weights, gradients and optimizer state on each
-    replica (with `shard_optimizer`: its share of the state), its share of the stash of all samples in flight,
-    and the rings of message buffers at both ends of its edges: as many messages as the upstream stage may
-    have forwarded and not yet seen back. A stage that recomputes keeps only what it received until the
+    replica (with `shard_optimizer`: the fullest share of the state), its share of the stash of all samples in
+    flight, and the rings of message buffers at both ends of its edges: as many messages as the upstream stage
+    may have forwarded and not yet seen back (under "greedy" all that it has in flight), and activations that
+    wait for the weight half at their receiver. A stage that recomputes keeps only what it received until the
     backward: the stash is there for one micro-batch, and for those whose weight half is still to come.
     """
     stage = graph.stages[index]
@@ -315,12 +341,14 @@ def stage_memory(graph: StageGraph, index: int) -> StageMemory:
     messages = 0.0
     for edge in graph.edges:
         if index in (edge.source, edge.target):
-            upstream = graph.stages[edge.source]
-            messages += (edge.bytes + edge.gradient_bytes) * upstream.in_flight * share
+            above, below = graph.stages[edge.source], graph.stages[edge.target]
+            ahead = above.in_flight - (0 if greedy else above.weight_lag * above.micro_batch)
+            trailing = (below.weight_lag + 1) * below.micro_batch if below.weight_lag else 0
+            messages += (edge.bytes * (ahead + trailing) + edge.gradient_bytes * ahead) * share
     return StageMemory(
         parameters=stage.parameter_bytes,
         gradients=stage.trainable_bytes,
-        optimizer=stage.optimizer_bytes * (share if stage.shard_optimizer else 1.0),
+        optimizer=stage.optimizer_bytes,
         buffers=stage.buffer_bytes,
         stash=stage.stash * min(stashed, stage.in_flight) * share,
         messages=messages,
@@ -329,7 +357,8 @@ def stage_memory(graph: StageGraph, index: int) -> StageMemory:
 
 def device_memory(plan: Plan) -> tuple[float, ...]:
     """Bytes on every device at its peak: all stages that it holds."""
-    need = [stage_memory(plan.stage_graph, s).total for s in range(len(plan.stage_graph.stages))]
+    graph, greedy = plan.stage_graph, plan.policy.name == "greedy"
+    need = [stage_memory(graph, s, greedy=greedy).total for s in range(len(graph.stages))]
     devices = range(len(plan.topology.devices))
     return tuple(sum(need[s] for s in plan.residents.get(device, ())) for device in devices)
 

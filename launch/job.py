@@ -214,7 +214,9 @@ def _program(config: DictConfig, job: Job, rank: int, stage: int) -> StageProgra
         ) from error
 
 
-def state_of(job: Job, programs: Sequence[StageProgram], initialised: Initialised) -> StageState | None:
+def state_of(
+    job: Job, rank: int, programs: Sequence[StageProgram], initialised: Initialised
+) -> StageState | None:
     """Initial parameters and buffers of a rank's stages, and its optimizer; None for an idle rank."""
     if not programs:
         return None
@@ -228,6 +230,7 @@ def state_of(job: Job, programs: Sequence[StageProgram], initialised: Initialise
         {name: value.to(material.device) for name, value in values.items()},
         material.make_optimizer,
         None if clip is None else Clipping(clip, tuple(material.captured.traced.trainable)),
+        rank,
     )
 
 

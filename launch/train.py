@@ -68,7 +68,8 @@ def _set_up(
         _announce(config, job, ranks, folder)
     base = start_of_peak()
     parts = together(
-        comm, lambda: {rank: (programs[rank], state_of(job, programs[rank], initialised)) for rank in mine}
+        comm,
+        lambda: {rank: (programs[rank], state_of(job, rank, programs[rank], initialised)) for rank in mine},
     )
     return job, ranks, parts, base
 

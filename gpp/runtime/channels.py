@@ -3,7 +3,7 @@
 Messages lie in host memory, whatever device computes.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,15 +21,20 @@ _Ends = tuple[int, Direction, int, int]  # edge, direction, source, target
 
 @dataclass(frozen=True)
 class Held:
-    """A message whose slot is in use by some samples."""
+    """A message in use by some samples: a tensor [samples, ...] for each value.
+
+    `message` is where it lies, None for one between stages of this rank, which is not copied.
+    """
 
     samples: Samples
-    message: Message
-    channel: ReceiveChannel
+    views: Sequence[Tensor]
+    message: Message | None = None
+    channel: ReceiveChannel | None = None
 
     def release(self) -> None:
         """Give the slot back."""
-        self.channel.release(self.message)
+        if self.channel is not None and self.message is not None:
+            self.channel.release(self.message)
 
 
 class Channels:
@@ -40,6 +45,9 @@ class Channels:
         self._rings = _rings(comm, schedule, stages) if stages else {}
         self._receivers: dict[tuple[int, Direction, int], ReceiveChannel] = {}
         self._senders: dict[tuple[int, Direction, int], SendChannel] = {}
+        self._own: dict[tuple[int, Direction], deque[Held]] = defaultdict(
+            deque
+        )  # between stages of this rank
 
     def open(self, steps: int) -> None:
         """Post the first receives of a stretch of `steps` steps."""
@@ -58,11 +66,18 @@ class Channels:
 
     def receive(self, transfer: Transfer) -> Held:
         """Wait for a message."""
+        if transfer.is_local:
+            return self._own[transfer.edge, transfer.direction].popleft()
         channel = self._receivers[transfer.edge, transfer.direction, transfer.source]
-        return Held(transfer.samples, channel.next(), channel)
+        message = channel.next()
+        return Held(transfer.samples, message.views, message, channel)
 
     def send(self, transfer: Transfer, rows: Sequence[Tensor]) -> None:
-        """Copy the rows of each value into a slot and start sending it."""
+        """Copy the rows of each value into a slot and start sending it; hand them over as they are to a
+        stage of this rank."""
+        if transfer.is_local:
+            self._own[transfer.edge, transfer.direction].append(Held(transfer.samples, rows))
+            return
         self._senders[transfer.edge, transfer.direction, transfer.target].send(rows)
 
 
@@ -74,8 +89,8 @@ def port_of(ports: Sequence[Port], edge: int) -> Port:
 def joined(parts: Sequence[Held], device: torch.device) -> list[Tensor]:
     """Each value of the messages, one after the other; a single message on the host is not copied."""
     if len(parts) == 1:
-        return [view.to(device) for view in parts[0].message.views]
-    return [torch.cat(rows).to(device) for rows in zip(*(p.message.views for p in parts), strict=True)]
+        return [view.to(device) for view in parts[0].views]
+    return [torch.cat(rows).to(device) for rows in zip(*(p.views for p in parts), strict=True)]
 
 
 def _rings(
@@ -84,7 +99,7 @@ def _rings(
     """A ring for every channel that ends at this rank, with the samples of its messages in order."""
     counts: dict[_Ends, list[int]] = defaultdict(list)
     for instruction in schedule.programs[comm.rank]:
-        if isinstance(instruction, Send | Receive):
+        if isinstance(instruction, Send | Receive) and not instruction.transfer.is_local:
             t = instruction.transfer
             counts[t.edge, t.direction, t.source, t.target].append(len(t.samples))
     rings = {}

@@ -282,7 +282,7 @@ class _Step:
         owner, state = self.owner, self.owner.own_state
         match instruction.what:
             case Reduction.GRADIENTS:
-                state.reduce(owner.comm, instruction.group, instruction.shared)
+                state.reduce(owner.comm, instruction.group, instruction.stage, instruction.shared)
             case Reduction.LOSS_WEIGHT:
                 parts = slot_sum(owner.comm, instruction.group, [local_weight(owner.loss, self.terms)])
                 self.weight = sum(part[0] for part in parts)
@@ -305,7 +305,9 @@ class _Step:
 
     def update(self) -> None:
         self.scale()
-        self.norm = self.owner.own_state.update()
+        state = self.owner.own_state
+        self.norm = state.update()
+        state.spread(self.owner.comm)
 
     def finish(self) -> None:
         self.release(self.used)
@@ -349,7 +351,7 @@ def _stage_of(step: _Step, what: Task | Transfer | None) -> int:
 def _apart(stash: Sequence[Tensor], gradients: Sequence[Held]) -> list[Tensor]:
     """The tensors, those that are views of the gradients' buffers copied: these are given back before the
     weight half runs."""
-    lent = {view.untyped_storage().data_ptr() for held in gradients for view in held.message.views}
+    lent = {view.untyped_storage().data_ptr() for held in gradients for view in held.views}
     return [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in stash]
 
 

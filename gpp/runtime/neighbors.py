@@ -25,7 +25,7 @@ def check_neighbors(
     `stages` are the functions of this rank's stages in the schedule's mode, none for an idle rank. Called by
     all ranks. Compared are the ranks at both ends and, value by value, name, shape, data type and needs_grad.
     """
-    forward = [c for c in schedule.channels if c.direction is Direction.ACTIVATION]
+    forward = [c for c in schedule.channels if c.direction is Direction.ACTIVATION and c.source != c.target]
     receives = [port for functions in stages for port in functions.receives]
     sends = [port for functions in stages for port in functions.sends]
     incoming = _layouts([c for c in forward if c.target == comm.rank], receives, outward=False)

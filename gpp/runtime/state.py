@@ -14,6 +14,7 @@ from gpp.program.stage import StageProgram
 
 from .communicator import Communicator
 from .reduce import ordered_sum, slot_sum
+from .sharding import hand_round, share_out
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
@@ -34,7 +35,7 @@ class StageState:
 
     `arguments[stage]` and `buffer_arguments[stage]` are what the stage's functions take. Gradients of the
     micro-batches are summed, scaled by one over the loss weight, clipped, and handed to the optimizer: any
-    class of torch.optim.
+    class of torch.optim. `rank` is needed where the plan shares the optimizer's state out over replicas.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class StageState:
         values: Mapping[str, Tensor],
         make_optimizer: MakeOptimizer,
         clipping: Clipping | None = None,
+        rank: int = -1,
     ) -> None:
         self.clipping = clipping
         learns = {
@@ -58,26 +60,29 @@ class StageState:
         data = {name: p.detach() for name, p in self.parameters.items()}
         self.arguments = {p.stage: [data[name] for name in p.parameters] for p in programs}
         self.buffer_arguments = {p.stage: [self.buffers[name] for name in p.buffers] for p in programs}
-        self._learning = {p.stage: tuple(n for n in p.parameters if learns[n]) for p in programs}
+        self.learning = {p.stage: tuple(n for n in p.parameters if learns[n]) for p in programs}
         self.trainable = tuple(n for n, p in self.parameters.items() if p.requires_grad)
         self._flats = _flat_gradients(self, graph)
         self.gradients = {name: view for flat in self._flats.values() for name, view in flat.views.items()}
-        self._reached: set[str] = {n for (k, _), flat in self._flats.items() if k >= 0 for n in flat.views}
+        self._reached: set[str] = {n for (k, _), f in self._flats.items() if k.shared >= 0 for n in f.views}
         self._norms: dict[str, float] | None = None
-        learning = [(name, self.parameters[name]) for name in self.trainable]
+        self.sharding = share_out(graph, programs, values) if rank >= 0 else None
+        owner = self.sharding.owner if self.sharding is not None else {}
+        learning = [(name, self.parameters[name]) for name in self.trainable if owner.get(name, rank) == rank]
         self.optimizer = make_optimizer(learning) if learning else None
 
     def accumulate(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
         """Add one micro-batch's gradients, in the order of the stage's trainable parameters."""
-        for name, gradient in zip(self._learning[stage], gradients, strict=True):
+        for name, gradient in zip(self.learning[stage], gradients, strict=True):
             if gradient is not None:
                 self.gradients[name].add_(gradient)
                 self._reached.add(name)
 
-    def reduce(self, comm: Communicator, group: tuple[int, ...], shared: int) -> None:
-        """Sum the untied gradients (shared = -1) or one tied group's over `group`."""
-        for (group_number, _), flat in self._flats.items():
-            if group_number == shared:
+    def reduce(self, comm: Communicator, group: tuple[int, ...], stage: int, shared: int) -> None:
+        """Sum a stage's untied gradients (shared = -1) or one tied group's over `group`."""
+        wanted = _Key(shared) if shared >= 0 else _Key(stage=stage)
+        for (key, _), flat in self._flats.items():
+            if key == wanted:
                 host = flat.memory.cpu()  # the same tensor on a CPU: messages lie in host memory
                 ordered_sum(comm, group, host)
                 if host is not flat.memory:
@@ -120,6 +125,11 @@ class StageState:
             flat.memory.zero_()
         return norm
 
+    def spread(self, comm: Communicator) -> None:
+        """After an update: what each replica has updated alone goes to the others."""
+        if self.sharding is not None:
+            hand_round(comm, self.sharding, self.parameters)
+
     def _clip(self) -> float:
         """As torch.nn.utils.clip_grad_norm_ does it on one device, to the bit."""
         assert self.clipping is not None
@@ -142,12 +152,23 @@ class _Flat:
     views: dict[str, Tensor]
 
 
-def _flat_gradients(state: StageState, graph: StageGraph) -> dict[tuple[int, torch.dtype], _Flat]:
-    """Flat memory by tied group and data type; group -1 holds the untied parameters."""
-    groups: dict[tuple[int, torch.dtype], list[str]] = {}
-    for name in state.trainable:
-        shared = next((i for i, item in enumerate(graph.shared) if name in item.parameters), -1)
-        groups.setdefault((shared, state.parameters[name].dtype), []).append(name)
+@dataclass(frozen=True)
+class _Key:
+    """Gradients that are summed together: of a tied group, or the untied ones of a stage."""
+
+    shared: int = -1
+    stage: int = -1
+
+
+def _flat_gradients(state: StageState, graph: StageGraph) -> dict[tuple[_Key, torch.dtype], _Flat]:
+    """Flat memory by what is summed together and data type."""
+    tied = {name: _Key(shared) for shared, item in enumerate(graph.shared) for name in item.parameters}
+    groups: dict[tuple[_Key, torch.dtype], list[str]] = {}
+    for stage, names in state.learning.items():
+        for name in names:
+            key = (tied.get(name, _Key(stage=stage)), state.parameters[name].dtype)
+            if name not in groups.setdefault(key, []):
+                groups[key].append(name)
     return {key: _flat(names, state.parameters) for key, names in groups.items()}
 
 

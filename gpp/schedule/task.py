@@ -46,6 +46,10 @@ class Pass(Enum):
     RECOMPUTE = "R"
 
 
+INPUT_HALF = (Pass.BACKWARD, Pass.BACKWARD_INPUT)  # a gradient comes in and goes out
+WEIGHT_HALF = (Pass.BACKWARD, Pass.BACKWARD_WEIGHT)  # the last pass that reads what the forward left
+
+
 class Direction(Enum):
     """Activations go along an edge, gradients against it."""
 
@@ -76,6 +80,11 @@ class Transfer:
     target: int
     tag: int
     bytes: int
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it stays on its rank: between two stages of one device."""
+        return self.source == self.target
 
 
 class Reduction(Enum):

@@ -14,7 +14,8 @@ class Case:
     """`stages` are prefixes of operator names, one tuple a stage ("" takes the rest), with replicas.
 
     `chained` adds an order between neighbours; `lags` are the weight lags of the stages, in micro-batches
-    held beyond the rule's; `recompute` lists stages that run their forward again.
+    held beyond the rule's; `recompute` lists stages that run their forward again; with
+    `shard` replicas share the optimizer's state out; stages with the same number in `slots` share devices.
 
     `exact`: sums are in the reference's order, so float32 must be equal to the bit; else the run is in
     float64 and must agree to 1e-10.
@@ -34,9 +35,14 @@ class Case:
     chained: bool = False
     lags: tuple[int, ...] = ()
     recompute: tuple[int, ...] = ()
+    shard: bool = False
+    slots: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> int:
+        if self.slots:
+            counts = dict(zip(self.slots, self.replicas or (1,) * len(self.slots), strict=True))
+            return sum(counts.values())
         return sum(self.replicas) if self.replicas else len(self.stages)
 
     @property
@@ -135,6 +141,52 @@ CASES = (
         "replicas-3-1", models.Chain, (("a", "b"), ("",)),
         replicas=(3, 1), micro_batch=3, mini_batch=9, exact=False,
     ),
+    Case("data-parallel-sharded", models.Chain, (("",),), replicas=(2,), exact=False, shard=True),
+    Case(
+        "diamond-sharded-clipped",
+        models.Diamond,
+        _FOUR,
+        replicas=(1, 2, 1, 2),
+        exact=False,
+        shard=True,
+        clip=0.05,
+    ),
+    Case(
+        "tied-sharded", models.Tied, (("a",), ("b",), ("",)), replicas=(2, 1, 1), exact=False, shard=True
+    ),
+    Case("chain-two-on-a-device", models.Chain, _FOUR, slots=(0, 1, 0, 1)),
+    Case("diamond-two-on-a-device", models.Diamond, _FOUR, slots=(0, 1, 1, 0)),
+    Case("two-towers-on-one-device", models.TwoTowers, _THREE, slots=(0, 0, 1)),
+    Case("tied-on-one-device", models.Tied, _THREE, slots=(0, 1, 0), exact=False),
+    Case("clipped-on-one-device", models.Diamond, _FOUR, slots=(0, 1, 1, 2), clip=0.05),
+    Case(
+        "diamond-shared-replicas",
+        models.Diamond,
+        _FOUR,
+        replicas=(1, 2, 2, 1),
+        slots=(0, 1, 1, 2),
+        exact=False,
+        optimizer="sgd",  # sees a gradient that is summed twice
+    ),
+    Case(
+        "two-heads-on-one-device",
+        models.TwoHeads,
+        _THREE,
+        slots=(0, 0, 1),
+        policy="zero-bubble",
+        lags=(1, 0, 1),
+    ),
+    Case("clicks", models.Clicks, (("towers.0",), ("towers.1",), ("bags",), ("",))),
+    Case("clicks-a-table-each", models.Clicks, (("bags.0", "towers"), ("bags.1",), ("",)), micro_batch=1),
+    Case("clicks-pooled", models.PooledClicks, (("towers",), ("bags.0",), ("bags.1",), ("",))),
+    Case(
+        "clicks-pooled-replicas",
+        models.PooledClicks,
+        (("towers",), ("bags",), ("",)),
+        replicas=(1, 2, 1),
+        exact=False,
+    ),
+    Case("drugs", models.Drugs, (("towers.a",), ("towers.b",), ("towers.c",), ("",))),
     Case("data-parallel", models.Chain, (("",),), replicas=(2,), exact=False),
     Case("diamond-replicas", models.Diamond, _FOUR, replicas=(1, 2, 1, 2), exact=False),
 )  # fmt: skip

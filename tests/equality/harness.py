@@ -118,8 +118,16 @@ def make_plan(case: Case, captured: Captured) -> Plan:
     for prefixes, count in zip(case.stages, replicas, strict=True):
         chosen = [name for name in left if any(name.startswith(p) for p in prefixes)]
         assert chosen, (case.name, prefixes, list(captured.graph.index))
-        again = len(groups) in case.recompute
-        groups.append(Group(tuple(left.pop(name) for name in chosen), count, recompute=again))
+        number = len(groups)
+        groups.append(
+            Group(
+                tuple(left.pop(name) for name in chosen),
+                count,
+                recompute=number in case.recompute,
+                shard_optimizer=case.shard,
+                slot=case.slots[number] if case.slots else None,
+            )
+        )
     assert not left, (case.name, left)
     plan = assemble(problem, groups, case.micro_batch, "by hand", chained=case.chained)
     if case.lags:
@@ -165,7 +173,9 @@ def run_rank(ready: Ready, comm: Communicator, programs: Sequence[StageProgram])
     state = None
     if programs:
         owned = {n: ready.values[n].clone() for p in programs for n in (*p.parameters, *p.buffers)}
-        state = Watched(programs, ready.plan.stage_graph, owned, case.make_optimizer, ready.clipping)
+        state = Watched(
+            programs, ready.plan.stage_graph, owned, case.make_optimizer, ready.clipping, comm.rank
+        )
 
     def runner(plan: Plan, schedule, results, tag) -> tuple[Executor, Reports]:
         executor = Executor(comm, plan, schedule, programs, state, results.loss, CPU)
@@ -236,14 +246,18 @@ def compare(ready: Ready, outcomes: Sequence[Outcome]) -> None:
     case = ready.case
     single, steps, evaluation = reference(ready)
     same = exactly if case.exact else closely
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, dtype=case.dtype)
+
     first = next((o for o in outcomes if o.losses), None)
     if first is not None:
         for i, step in enumerate(steps):
-            same(torch.tensor(first.losses[i]), torch.tensor(step.loss), f"loss {i}")
+            same(scalar(first.losses[i]), scalar(step.loss), f"loss {i}")
             for name, value in step.metrics.items():
-                same(torch.tensor(first.metrics[i][name]), torch.tensor(value), f"{name} {i}")
+                same(scalar(first.metrics[i][name]), scalar(value), f"{name} {i}")
         for name, value in evaluation.items():
-            closely(torch.tensor(first.evaluation[name]), torch.tensor(value), f"evaluation {name}", 1e-6)
+            closely(scalar(first.evaluation[name]), scalar(value), f"evaluation {name}", 1e-6)
     for outcome in outcomes:
         for i, gradients in enumerate(outcome.gradients):
             for name, gradient in gradients.items():
@@ -254,7 +268,7 @@ def compare(ready: Ready, outcomes: Sequence[Outcome]) -> None:
             same(value, single.buffers[name], f"buffer {name}")
         if case.clip is not None and any(outcome.norms):
             for i, step in enumerate(steps):
-                same(torch.tensor(outcome.norms[i]), torch.tensor(step.norm), f"norm {i}")
+                same(scalar(outcome.norms[i]), scalar(step.norm), f"norm {i}")
     covered = {name for outcome in outcomes for name in outcome.parameters}
     if len(outcomes) == case.ranks:
         assert covered == set(single.parameters), set(single.parameters) - covered

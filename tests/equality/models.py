@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpp.models.candle_uno import CandleUno
+from gpp.models.dlrm import Dlrm
+from gpp.runtime.synthetic import Synthetic, clicks, drug_responses
+
 WIDTH = 8
 CLASSES = 5
 
@@ -202,8 +206,53 @@ class Frozen(nn.Module):
         return F.cross_entropy(self.d(self.c(self.b(self.a(x)))), y)
 
 
+_CLICKS = {"dense": 2, "features": 5, "tables": 2, "rows": 11, "bag": 4}
+
+
+class Clicks(Dlrm):
+    """Two towers and two bags of embeddings side by side."""
+
+    pooling, interaction = "concat", "concat"
+
+    def __init__(self) -> None:
+        super().__init__(
+            **_CLICKS,
+            dense_layers=2,
+            hidden=WIDTH,
+            dimension=3,
+            pooling=self.pooling,
+            interaction=self.interaction,
+            top_layers=1,
+        )
+
+    def data(self, samples: int, seed: int) -> Synthetic:
+        return clicks(samples, **_CLICKS, seed=seed)
+
+
+class PooledClicks(Clicks):
+    """Sums of bags, and the products of all pairs."""
+
+    pooling, interaction = "sum", "dot"
+
+
+class Drugs(CandleUno):
+    """Three towers over features of different widths."""
+
+    features: dict[str, int] = {"a": 1, "b": 6, "c": 9}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(self.features, branches=3, layers=2, hidden=WIDTH, top_layers=1)
+
+    def data(self, samples: int, seed: int) -> Synthetic:
+        return drug_responses(samples, features=self.features, branches=3, seed=seed)
+
+
 def batch(model: nn.Module, samples: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random data for whatever the model's forward takes."""
+    if isinstance(model, Clicks | Drugs):
+        data = model.data(samples, seed)
+        read = data.read(range(samples), data.keys)
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in read.items()}
     names = model.forward.__code__.co_varnames[1 : model.forward.__code__.co_argcount]
     generator = torch.Generator().manual_seed(seed)
     makers: dict[str, Callable[[], Tensor]] = {

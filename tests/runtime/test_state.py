@@ -86,7 +86,7 @@ def test_tied_gradients_lie_apart() -> None:
     state.accumulate(0, [torch.ones(3), torch.ones(3)])
 
     def rank(comm) -> None:
-        state.reduce(comm, (0,), 0)
+        state.reduce(comm, (0,), 0, 0)
 
     run(LoopbackWorld(1), rank)
     assert torch.equal(state.gradients["b"], torch.ones(3))
@@ -99,7 +99,7 @@ def test_several_dtypes_a_stage() -> None:
     values = {"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.float64)}
     state = StageState([program], graph, values, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0))
     state.accumulate(0, [torch.ones(1), torch.ones(1, dtype=torch.float64)])
-    run(LoopbackWorld(1), lambda comm: state.reduce(comm, (0,), -1))
+    run(LoopbackWorld(1), lambda comm: state.reduce(comm, (0,), 0, -1))
     state.update()
     assert [p.item() for p in state.parameters.values()] == [-1.0, -1.0]
     assert state.parameters["b"].dtype == torch.float64
