@@ -12,8 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from gpp.graph import Operator, Work
+from gpp.graph import ComputationGraph, Operator, Work
+from gpp.records import RecordError, from_json, to_json
 from gpp.topology import Device, Link
+
+FORMAT = "gpp.costs/1"
+
+
+class CostError(ValueError):
+    """Measured costs that cannot be read, or that are those of another model."""
 
 
 class CostModel(Protocol):
@@ -102,10 +109,14 @@ class Timing:
 class CostTable:
     """Measured seconds: linear between the sizes measured; below the smallest and above the largest in
     proportion to the nearest interval, never negative. The same for every device (what it was measured on).
+
+    `graph` is the fingerprint of the graph whose operators these are, `measured_on` says in words on what.
     """
 
     timings: tuple[Timing, ...]
     update_traffic: float = 7.0
+    graph: str = ""
+    measured_on: str = ""
 
     @cached_property
     def by_name(self) -> dict[str, Timing]:
@@ -135,6 +146,14 @@ class CostTable:
         """A digest of the whole table."""
         return "table-" + hashlib.sha256(repr((self.timings, self.update_traffic)).encode()).hexdigest()[:16]
 
+    def check(self, graph: ComputationGraph) -> None:
+        """Raise CostError unless the table was measured for this graph."""
+        if self.graph != graph.fingerprint():
+            raise CostError(
+                f"the costs were measured for another model: for the graph {self.graph or 'unknown'}, this "
+                f"one is {graph.fingerprint()}; measure again with launch.profile"
+            )
+
     def _timing(self, op: Operator) -> Timing:
         if op.name not in self.by_name:
             raise ValueError(f"the cost table has no times of operator {op.name}; measure the model again")
@@ -148,6 +167,20 @@ def _between(sizes: Sequence[float], seconds: Sequence[float], samples: float) -
     i = min(max(bisect_left(sizes, samples), 1), len(sizes) - 1)
     slope = (seconds[i] - seconds[i - 1]) / (sizes[i] - sizes[i - 1])
     return max(seconds[i - 1] + slope * (samples - sizes[i - 1]), 0.0)
+
+
+def costs_to_json(table: CostTable) -> str:
+    """The table as JSON, the same text for the same table."""
+    return to_json(table, FORMAT)
+
+
+def costs_from_json(text: str) -> CostTable:
+    """Read `costs_to_json`'s text back. Raises CostError for malformed text, a wrong key or an impossible
+    time."""
+    try:
+        return from_json(CostTable, text, FORMAT)
+    except (RecordError, ValueError) as error:
+        raise CostError(f"costs: {error}") from None
 
 
 def all_reduce_seconds(size: float, ranks: int, link: Link) -> float:

@@ -216,6 +216,10 @@ class ComputationGraph:
 
     def fingerprint(self) -> str:
         """A digest of everything in the graph; a plan made for another graph is refused by it."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return hashlib.sha256(graph_to_json(self).encode()).hexdigest()[:16]
 
 

@@ -1,13 +1,15 @@
 """A plan as text: what a user reads before a run."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from gpp.plan import Plan, stage_memory
+from gpp.plan import Choice, Plan, stage_memory
 
 
 def plan_table(plan: Plan) -> str:
     """A row for every stage (operators, devices, parameters, memory on each device, samples in flight, share
-    of the step that its devices compute), then idle devices, predicted step time, lower bound and gap."""
+    of the step that its devices compute), then idle devices, predicted step time, lower bound and gap, and
+    what each of the planner's choices bought."""
     head = ("stage", "operators", "devices", "parameters", "memory", "in-flight", "share of time")
     rows = [_row(plan, index) for index in range(len(plan.stage_graph.stages))]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
@@ -52,7 +54,19 @@ def _summary(plan: Plan) -> list[str]:
             gap = max(plan.estimate / plan.lower_bound - 1, 0.0)
             line += f"; no plan is faster than {readable_seconds(plan.lower_bound)} (gap {gap:.1%})"
         lines.append(line)
+    if plan.choices:
+        lines.append(f"choices: {_choices(plan.choices)}")
     return lines
+
+
+def _choices(choices: Sequence[Choice]) -> str:
+    """The first with its seconds, then what every further one took off; those that took nothing are named."""
+    first = choices[0]
+    found = [f"{first.name} {readable_seconds(first.seconds)}"]
+    for before, after in pairwise(choices):
+        gain = 1 - after.seconds / before.seconds if before.seconds else 0.0
+        found.append(f"{after.name} {-gain:.1%}" if gain >= 0.0005 else f"{after.name} none")
+    return ", ".join(found)
 
 
 def device_ranges(devices: Sequence[int]) -> str:

@@ -2,8 +2,9 @@
 
 Event-driven: a heap of (time, serial number, event); the clock moves only when one is popped, and serial
 numbers make ties come out the same every time. Passes occupy a rank; messages are asynchronous: each takes
-its link's latency + bytes / bandwidth, those of one channel one after the other, different channels at the
-same time. When an instruction may run is `gpp.schedule.ready`'s rule, the same that the checker proves.
+its link's latency + bytes / bandwidth (within a rank: no time), those of one channel one after the other,
+different channels at the same time. When an instruction may run is `gpp.schedule.ready`'s rule, the same that
+the checker proves.
 """
 
 import heapq
@@ -11,20 +12,23 @@ import math
 from dataclasses import dataclass
 
 from gpp.cost import all_reduce_seconds
-from gpp.plan import Plan, Stage, stage_memory
+from gpp.plan import Plan, Stage, device_memory
 from gpp.schedule.lower import lower
 from gpp.schedule.ready import Progress
 from gpp.schedule.task import (
     Compute,
+    Direction,
     Instruction,
     Pass,
     Receive,
     Reduce,
     Reduction,
     Report,
+    Samples,
     Schedule,
     Send,
     Task,
+    Transfer,
     Update,
 )
 from gpp.trace import Activity, Span, Trace, bubble
@@ -46,11 +50,7 @@ class Prediction:
 def predicted(plan: Plan, *, steps: int = 3) -> Prediction:
     """Simulate training steps of the plan and read off what a user asks first."""
     trace = simulate(plan, steps=steps)
-    memory = [0.0] * len(plan.topology.devices)
-    for index, stage in enumerate(plan.stage_graph.stages):
-        for device in stage.devices:
-            memory[device] = stage_memory(plan.stage_graph, index).total
-    return Prediction(trace.step_seconds, bubble(trace), tuple(memory), trace)
+    return Prediction(trace.step_seconds, bubble(trace), device_memory(plan), trace)
 
 
 def simulate(plan: Plan, schedule: Schedule | None = None, *, steps: int = 3) -> Trace:
@@ -85,12 +85,9 @@ class _Simulation:
         self.travels: list[list[float]] = [[] for _ in schedule.channels]  # of each message, in order
         for program in schedule.programs:
             for t in (i.transfer for i in program if isinstance(i, Send)):
-                seconds = plan.topology.link(t.source, t.target).seconds(t.bytes)
+                link = plan.topology.link(t.source, t.target)
+                seconds = 0.0 if t.is_local else link.seconds(t.bytes)
                 self.travels[self.progress.queue(t)].append(seconds)
-        self.stage = [-1] * ranks
-        for index, stage in enumerate(plan.stage_graph.stages):
-            for device in stage.devices:
-                self.stage[device] = index
 
     def run(self) -> None:
         """Until nothing is left to happen."""
@@ -172,40 +169,41 @@ class _Simulation:
     def _record(self, rank: int, instruction: Instruction, stop: float) -> None:
         """Spans of an instruction that starts now, and of what it has waited for."""
         came = self.since[rank]
+        stages = self.plan.residents[rank]
         match instruction:
             case Compute(task):
-                samples = (task.samples.start, task.samples.stop)
-                self._span(rank, Activity.COMPUTE, task.kind.value, self.now, stop, samples)
+                span = _Label(rank, task.stage, task.kind.value, task.samples)
+                self._span(span, Activity.COMPUTE, self.now, stop)
             case Receive(transfer):
-                samples = (transfer.samples.start, transfer.samples.stop)
-                self._span(rank, Activity.WAIT, "recv", came, stop, samples, transfer.edge)
+                self._span(self._message(rank, "recv", transfer), Activity.WAIT, came, stop)
             case Send(transfer):
-                samples = (transfer.samples.start, transfer.samples.stop)
+                span = self._message(rank, "send", transfer)
                 if came < self.now:
-                    self._span(rank, Activity.WAIT, "send", came, self.now, samples, transfer.edge)
-                self._span(rank, Activity.SEND, "send", self.now, stop, samples, transfer.edge)
-            case Reduce(what):
-                label = f"reduce {what.value}"
+                    self._span(span, Activity.WAIT, came, self.now)
+                self._span(span, Activity.SEND, self.now, stop)
+            case Reduce(what, _, stage):
+                span = _Label(rank, stage if stage >= 0 else stages[0], f"reduce {what.value}")
                 if came < self.now:
-                    self._span(rank, Activity.WAIT, label, came, self.now)
-                self._span(rank, Activity.REDUCE, label, self.now, stop)
-            case Update():
-                self._span(rank, Activity.UPDATE, "update", self.now, stop)
+                    self._span(span, Activity.WAIT, came, self.now)
+                self._span(span, Activity.REDUCE, self.now, stop)
+            case Update(stage):
+                self._span(_Label(rank, stage, "update"), Activity.UPDATE, self.now, stop)
             case Report():
                 pass
 
-    def _span(
-        self,
-        rank: int,
-        activity: Activity,
-        label: str,
-        start: float,
-        stop: float,
-        samples: tuple[int, int] | None = None,
-        edge: int = -1,
-    ) -> None:
+    def _message(self, rank: int, label: str, transfer: Transfer) -> "_Label":
+        edge = self.plan.stage_graph.edges[transfer.edge]
+        is_upstream = (label == "send") is (transfer.direction is Direction.ACTIVATION)
+        stage = edge.source if is_upstream else edge.target
+        return _Label(rank, stage, label, transfer.samples, transfer.edge)
+
+    def _span(self, about: "_Label", activity: Activity, start: float, stop: float) -> None:
+        rank, samples = about.rank, about.samples
         step = self.progress.done[rank] // len(self.schedule.programs[rank])
-        self.spans.append(Span(rank, activity, label, start, stop, self.stage[rank], samples, edge, step))
+        extent = (samples.start, samples.stop) if samples is not None else None
+        self.spans.append(
+            Span(rank, activity, about.label, start, stop, about.stage, extent, about.edge, step)
+        )
 
     def _seconds(self, instruction: Instruction) -> float:
         stages = self.plan.stage_graph.stages
@@ -220,20 +218,32 @@ class _Simulation:
                 return 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """What a span says besides when."""
+
+    rank: int
+    stage: int
+    label: str
+    samples: Samples | None = None
+    edge: int = -1
+
+
 def pass_seconds(stage: Stage, task: Task) -> float:
     """Seconds of a task; the stage's are for one replica's whole share, of other sizes in proportion.
 
-    A fused BACKWARD of a stage that recomputes runs its forward again first.
+    A stage that recomputes runs its forward again at the start of the input half (of a backward in one go).
     """
     share = len(task.samples) * len(stage.devices) / stage.micro_batch
     seconds = stage.seconds
+    again = seconds.recompute if stage.recompute else 0.0
     match task.kind:
         case Pass.FORWARD:
             return share * seconds.forward
         case Pass.BACKWARD:
-            return share * (seconds.backward + (seconds.recompute if stage.recompute else 0.0))
+            return share * (seconds.backward + again)
         case Pass.BACKWARD_INPUT:
-            return share * seconds.backward_input
+            return share * (seconds.backward_input + again)
         case Pass.BACKWARD_WEIGHT:
             return share * seconds.backward_weight
         case Pass.RECOMPUTE:

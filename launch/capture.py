@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from gpp.graph import ComputationGraph, graph_to_json
-from gpp.plan_table import readable_bytes
+from gpp.graph import graph_to_json
 
 from .guard import first_rank
+from .plans import graph_text
 from .settings import check_choices, check_keys
 from .start import launch, own_overrides, run_folder
 
@@ -33,16 +33,6 @@ def _capture(config: DictConfig) -> None:
     target = run_folder().resolve() / "graph.json"
     target.write_text(graph_to_json(graph))
     print(f"{graph_text(graph)}: {target}", flush=True)
-
-
-def graph_text(graph: ComputationGraph) -> str:
-    """How large a graph is, in a line."""
-    sizes = {p.name: p.bytes for op in graph.operators for p in op.parameters}
-    stash = sum(op.stash for op in graph.operators)
-    return (
-        f"{len(graph.operators)} operators, {readable_bytes(sum(sizes.values()))} of parameters, "
-        f"{readable_bytes(stash)} of stash a sample"
-    )
 
 
 if __name__ == "__main__":

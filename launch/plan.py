@@ -1,8 +1,9 @@
 """python -m launch.plan: plans for cluster.devices without training; prints the plan.
 
-Captures the model, or with profile=graph.json plans for a graph that was written before (by this command,
-launch.capture or launch.train), which needs neither torch nor the model. The run's folder holds plan.json
-and graph.json; launch.train plan=... runs it, launch.simulate plan=... shows it in time.
+Captures the model, or with profile=path plans for a graph.json that was written before (by this command,
+launch.capture or launch.train) or for a published profile (Piper's JSON, PipeDream's graph.txt), which needs
+neither torch nor the model. The run's folder holds plan.json and graph.json; launch.train plan=... runs it,
+launch.simulate plan=... shows it in time.
 """
 
 from time import perf_counter
@@ -27,14 +28,15 @@ def plan(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     """The task of this command."""
     world, hosts = (None, None) if mpi is None else (mpi.size, mpi.hosts)
     overrides = own_overrides()
-    first_rank(mpi, lambda: _plan(Request(config, overrides, device_count(config, world), hosts)))
+    count = device_count(config, world)
+    first_rank(mpi, lambda: _plan(Request(config, overrides, count, hosts)))
 
 
 def _plan(request: Request) -> None:
     check_request(request)
     if request.plan_path is not None:
         raise SettingsError("plan= is for launch.train and launch.simulate: this command makes a plan")
-    subject = _subject(request)
+    subject = subject_of(request)
     start = perf_counter()
     made = make_plan(request, subject)
     seconds = perf_counter() - start
@@ -45,7 +47,8 @@ def _plan(request: Request) -> None:
     print(f"planned in {seconds:.2f} s: {folder / 'plan.json'}", flush=True)
 
 
-def _subject(request: Request) -> Subject:
+def subject_of(request: Request) -> Subject:
+    """What is planned for: the captured model, or what `profile=` names, of which a line says what it is."""
     profile = OmegaConf.select(request.config, "profile")
     if profile is None:
         from .job import gather
@@ -53,7 +56,9 @@ def _subject(request: Request) -> Subject:
         return gather(request.config, request.overrides)[0].subject
     optimizer = OmegaConf.to_container(request.config.optimizer, resolve=True)
     assert isinstance(optimizer, dict)
-    return read_subject(str(profile), {str(key): value for key, value in optimizer.items()})
+    subject = read_subject(str(profile), {str(key): value for key, value in optimizer.items()})
+    print(subject.source)
+    return subject
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From a configuration and a computation graph to a plan, made or read; all without torch."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,18 +10,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from gpp.cost import CostModel
 from gpp.graph import ComputationGraph, GraphError, graph_from_json
 from gpp.plan import Plan, PlanError, Policy, check_plan, plan_from_json
-from gpp.planner import graphpipe
+from gpp.plan_table import readable_bytes
 from gpp.planner.options import Options
 
+from .planner_settings import SCHEDULES, planner_settings
+from .planners import planned
 from .settings import (
     SettingsError,
     TrainSettings,
     check_choices,
     check_keys,
     costs,
-    max_replicas,
     policy,
     topology,
     train_settings,
@@ -30,11 +33,14 @@ from .settings import (
 @dataclass(frozen=True)
 class Subject:
     """What is planned for. `loss_coupled`: the loss must see the whole mini-batch; `optimizer_factor`: bytes
-    of the optimizer's state per byte of parameters."""
+    of the optimizer's state per byte of parameters; `costs`: a profile's own, None for the `cost` group's;
+    `source`: what was read from which file, in a line."""
 
     graph: ComputationGraph
     loss_coupled: bool
     optimizer_factor: float
+    costs: CostModel | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,34 @@ class Request:
         path = OmegaConf.select(self.config, "plan")
         return None if path is None else str(path)
 
+    @property
+    def named(self) -> frozenset[str]:
+        """Groups and keys of the first level that the command line sets."""
+        return frozenset(o.lstrip("+~").partition("=")[0].partition(".")[0] for o in self.overrides)
+
     def options(self, settings: TrainSettings, subject: Subject | None = None) -> Options:
-        """What a planner is asked. Without a subject only what the configuration alone says."""
+        """What a planner is asked. Without a subject only what the configuration alone says.
+
+        A schedule that the command line names is fixed; else a planner may choose another one.
+        """
+        asked = planner_settings(self.config)
+        on = asked.switches - (SCHEDULES if "schedule" in self.named else set())
         return Options(
             mini_batch=settings.mini_batch,
             micro_batch=settings.micro_batch if subject is None else _micro_batch(settings, subject),
             policy=policy(self.config),
             optimizer_factor=0.0 if subject is None else subject.optimizer_factor,
             global_norm=settings.clip_norm is not None,
-            max_replicas=max_replicas(self.config),
+            max_replicas=asked.max_replicas,
+            constraints=asked.constraints,
+            stage_micro_batches=asked.stage_micro_batches,
+            bursts=asked.bursts,
+            eager="eager" in on,
+            split_backward="split_backward" in on,
+            greedy="greedy" in on,
+            recompute="recompute" in on,
+            shard_optimizer="shard_optimizer" in on,
+            colocate="colocate" in on,
         )
 
 
@@ -82,10 +107,11 @@ def make_plan(request: Request, subject: Subject) -> Plan:
         plan = replay(request, path)
         _check_subject(path, plan, subject)
         return replace(plan, global_norm=settings.clip_norm is not None)
-    plan = graphpipe.plan(
+    plan = planned(
+        str(request.config.planner.name),
         subject.graph,
         topology(request.config, request.count, request.hosts),
-        costs(request.config),
+        subject.costs or costs(request.config, subject.graph),
         request.options(settings, subject),
     )
     check_plan(plan, subject.graph)
@@ -112,9 +138,8 @@ def replay(request: Request, path: str) -> Plan:
             f"{path} is a plan with micro-batches of {', '.join(map(str, sizes))}, train.micro_batch is "
             f"{settings.micro_batch}: leave it at auto, or plan anew"
         )
-    named = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in request.overrides}
     wanted = policy(request.config)
-    if "schedule" in named and wanted != plan.policy:
+    if "schedule" in request.named and wanted != plan.policy:
         raise PlanError(
             f"{path} is a plan for schedule {_policy_text(plan.policy)}, the command line asks for "
             f"{_policy_text(wanted)}: leave schedule away, or plan anew"
@@ -132,17 +157,48 @@ def read_plan(path: str) -> Plan:
 
 
 def read_subject(path: str, optimizer: Mapping[str, Any]) -> Subject:
-    """A graph's file as something to plan for. Raises GraphError naming the file.
+    """A file as something to plan for: a graph.json, or a published profile, Piper's JSON or PipeDream's
+    graph.txt, whose times are its own. Raises GraphError or ProfileError naming the file.
 
     A file does not say which of its terms are the loss: a term that mixes samples counts as one.
     """
     text = _text(path, "graph")
+    kind = profile_kind(text)
+    if kind is not None:
+        from gpp.formats import read_profile
+
+        profile = read_profile(text, path)
+        source = (
+            f"{path}: {kind}, {graph_text(profile.graph)}, its own times; what it calls a batch is taken as "
+            f"{profile.unit} samples"
+        )
+        return Subject(profile.graph, False, profile.optimizer_factor, profile.costs, source)
     try:
         graph = graph_from_json(text)
     except GraphError as error:
         raise GraphError(f"{path}: {error}") from None
     coupled = any(op.batch_coupled and op.terms for op in graph.operators)
-    return Subject(graph, coupled, state_factor(optimizer))
+    return Subject(graph, coupled, state_factor(optimizer), source=f"{path}: {graph_text(graph)}")
+
+
+def profile_kind(text: str) -> str | None:
+    """Whose profile a text is; None for a computation graph of our own, or what should be one."""
+    if not text.lstrip().startswith("{"):
+        return "a profile of PipeDream's"
+    try:
+        return "a profile of Piper's" if "nodes" in json.loads(text) else None
+    except json.JSONDecodeError:
+        return None
+
+
+def graph_text(graph: ComputationGraph) -> str:
+    """How large a graph is, in a line."""
+    sizes = {p.name: p.bytes for op in graph.operators for p in op.parameters}
+    stash = sum(op.stash for op in graph.operators)
+    return (
+        f"{len(graph.operators)} operators, {readable_bytes(sum(sizes.values()))} of parameters, "
+        f"{readable_bytes(stash)} of stash a sample"
+    )
 
 
 def state_factor(optimizer: Mapping[str, Any]) -> float:

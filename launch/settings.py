@@ -3,12 +3,16 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from gpp.cost import Roofline
+from gpp.cost import CostError, CostModel, Roofline, costs_from_json
+from gpp.graph import ComputationGraph
 from gpp.plan import Policy
 from gpp.topology import Device, DeviceTopology, Link
 
@@ -34,7 +38,8 @@ class TrainSettings:
     log_every: int
 
 
-# The groups in which nothing but this is read; model, data and optimizer are their classes' own.
+# The groups in which nothing but this is read; model, data and optimizer are their classes' own, and what a
+# planner knows is `planner_settings`' to say.
 _LINK = ("latency", "bandwidth")
 _KEYS = {
     "train": tuple(field.name for field in fields(TrainSettings)),
@@ -43,8 +48,7 @@ _KEYS = {
     ),
     "cluster.inside": _LINK,
     "cluster.between": _LINK,
-    "cost": ("update_traffic",),
-    "planner": ("name", "max_replicas"),
+    "cost": ("update_traffic", "path"),
     "schedule": ("name", "extra_warm_up"),
     "kernels": ("name",),
     "transport": ("name",),
@@ -64,7 +68,6 @@ def check_keys(config: DictConfig) -> None:
 
 def check_choices(config: DictConfig) -> None:
     """The groups of which only the name counts."""
-    choice(config, "planner.name", ("graphpipe",))
     choice(config, "kernels.name", ("eager", "inductor", "triton"))
     choice(config, "transport.name", ("auto", "host"))
     choice(config, "device", ("auto", "cpu", "cuda"))
@@ -142,12 +145,6 @@ def device_count(config: DictConfig, world: int | None) -> int:
     return count
 
 
-def max_replicas(config: DictConfig) -> int | None:
-    """planner.max_replicas: devices that may share one stage; None for any number."""
-    key = "planner.max_replicas"
-    return None if OmegaConf.select(config, key) is None else whole(config, key, 1)
-
-
 def topology(config: DictConfig, count: int, hosts: Sequence[str] | None) -> DeviceTopology:
     """The `cluster` group for `count` devices; `hosts` names each rank's host under MPI."""
     name = str(config.cluster.name)
@@ -192,9 +189,31 @@ def _per_host(config: DictConfig, count: int, hosts: Sequence[str] | None) -> in
     return given
 
 
-def costs(config: DictConfig) -> Roofline:
-    """The `cost` group."""
-    return Roofline(update_traffic=number(config, "cost.update_traffic", least=0))
+def costs(config: DictConfig, graph: ComputationGraph | None = None) -> CostModel:
+    """The `cost` group: the roofline, or the measured table that cost.path names.
+
+    The file is read for a `graph`, which it must have been measured for; else only the keys are checked.
+    Raises SettingsError if there is no such file, CostError for what it holds.
+    """
+    traffic = number(config, "cost.update_traffic", least=0)
+    if "path" not in config.cost and not OmegaConf.is_missing(config.cost, "path"):
+        return Roofline(update_traffic=traffic)
+    path = OmegaConf.select(config, "cost.path")
+    if not isinstance(path, str):
+        raise SettingsError(
+            "cost=profiled needs cost.path=costs.json, a file that launch.profile has written"
+        )
+    if graph is None:
+        return Roofline(update_traffic=traffic)
+    file = Path(to_absolute_path(path) if HydraConfig.initialized() else path)
+    if not file.is_file():
+        raise SettingsError(f"there is no costs file {path}")
+    try:
+        table = costs_from_json(file.read_text())
+        table.check(graph)
+    except (CostError, UnicodeDecodeError) as error:
+        raise CostError(f"{path}: {error}") from None
+    return replace(table, update_traffic=traffic)
 
 
 def policy(config: DictConfig) -> Policy:

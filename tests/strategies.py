@@ -41,12 +41,18 @@ def make_plan(
     per_host: int = 10**6,
     loss_weighted: bool = False,
     global_norm: bool = False,
+    orders: Sequence[tuple[int, int]] = (),
+    recompute: Sequence[int] = (),
+    lags: Sequence[int] | None = None,
+    held: Sequence[int] | None = None,
+    slots: Sequence[int] | None = None,
 ) -> Plan:
     """A plan over the stage graph with these edges; stages get consecutive devices.
 
-    `frozen` stages have no backward and no parameters to train; `no_grad` edges carry no gradient; `shared`
-    are the stages of each tied parameter; sinks have terms. A forward takes 1 second and a backward 2 unless
-    `seconds` says otherwise.
+    `frozen` stages have no backward and no parameters to train; `no_grad` edges carry no gradient and
+    `orders` nothing at all; `shared` are the stages of each tied parameter; sinks have terms. A forward takes
+    1 second and a backward 2 unless `seconds` says otherwise. `lags` are added to what 1F1B has in flight,
+    `held` are samples in flight instead. Stages with the same number in `slots` share their devices.
     """
     count = len(micro_batches)
     policy = policy or Policy()
@@ -54,20 +60,27 @@ def make_plan(
     ks = ks or [1] * count
     pairs = sorted(edges)
     successors = [[t for s, t in pairs if s == u] for u in range(count)]
-    held = in_flight(successors, micro_batches, policy, mini_batch, ks=ks)
+    if held is None:
+        held = in_flight(successors, micro_batches, policy, mini_batch, ks=ks)
+        held = [h + b * lag for h, b, lag in zip(held, micro_batches, lags or [0] * count, strict=True)]
+    places: dict[int, tuple[int, ...]] = {}
+    for u in range(count):
+        first = sum(map(len, places.values()))
+        places.setdefault(u if slots is None else slots[u], tuple(range(first, first + replicas[u])))
     stages = []
-    first = 0
     for u in range(count):
         train = u not in frozen
         stages.append(
             Stage(
                 name=f"stage{u}",
                 operators=(f"operator{u}",),
-                devices=tuple(range(first, first + replicas[u])),
+                devices=places[u if slots is None else slots[u]],
                 micro_batch=micro_batches[u],
                 in_flight=held[u],
                 seconds=seconds[u] if seconds else StageSeconds(1.0, 1.0, 1.0),
                 k=ks[u],
+                weight_lag=lags[u] if lags else 0,
+                recompute=u in recompute,
                 stash=10.0 if train else 0.0,
                 parameter_bytes=100,
                 trainable_bytes=100 if train else 0,
@@ -75,9 +88,10 @@ def make_plan(
                 has_backward=train,
             )
         )
-        first += replicas[u]
     joins = tuple(
-        Edge(
+        Edge(s, t, (), 0, 0)
+        if (s, t) in orders
+        else Edge(
             source=s,
             target=t,
             tensors=(f"value{s}to{t}",),
@@ -86,6 +100,7 @@ def make_plan(
         )
         for s, t in pairs
     )
+    first = sum(map(len, places.values()))
     tied = tuple(Shared((f"tied{i}",), 40, tuple(stages_)) for i, stages_ in enumerate(shared))
     return Plan(
         stage_graph=StageGraph(tuple(stages), joins, tied),
@@ -113,12 +128,14 @@ def plans(
     max_replicas: int = 4,
     all_gradients: bool = False,
     sizes: tuple[int, ...] = (1, 2, 4, 8),
+    scheduled: bool = False,
 ) -> Plan:
     """Random stage DAGs: skips, several sources and sinks, mixed micro-batches, k, replicas, frozen stages,
-    edges without gradient, tied parameters, links and times of any kind, policies.
+    edges without gradient, tied parameters, links and times of any kind, fused policies.
 
     `uniform` fixes whether all micro-batches are equal; with `all_gradients` every stage has a backward and
-    every edge a gradient; `sizes` are the micro-batches to draw from.
+    every edge a gradient; `sizes` are the micro-batches to draw from. `scheduled` plans also have every other
+    policy, control edges, stages that recompute and stages that share devices.
     """
     count = draw(st.integers(2, max_stages))
     pairs = [(u, v) for v in range(count) for u in range(v)]
@@ -142,15 +159,24 @@ def plans(
     tied = st.lists(st.integers(0, count - 1), min_size=2, max_size=3, unique=True).map(tuple)
     times = st.integers(0, 8).map(float)
     link = st.builds(Link, st.integers(0, 4).map(float), st.sampled_from([1.0, 10.0, float("inf")]))
+    mini_batch = math.lcm(*micro_batches) * draw(st.integers(1, 6))
+    policies = [Policy(), Policy(extra_warm_up=1), Policy("gpipe")]
+    if scheduled:
+        policies += [Policy("zero-bubble"), Policy("greedy"), Policy("greedy", patience=0.5)]
+    policy = draw(st.sampled_from(policies))
+    splits = policy.name in ("zero-bubble", "greedy")
     return make_plan(
         edges,
         micro_batches,
-        math.lcm(*micro_batches) * draw(st.integers(1, 6)),
+        mini_batch,
         replicas=replicas,
         ks=ks,
-        policy=draw(st.sampled_from([Policy(), Policy(extra_warm_up=1), Policy("gpipe")])),
+        policy=policy,
         seconds=[
-            StageSeconds(draw(times), draw(times), draw(times), update=draw(times)) for _ in range(count)
+            StageSeconds(
+                draw(times), draw(times), draw(times), draw(times) if scheduled else 0.0, draw(times)
+            )
+            for _ in range(count)
         ],
         frozen=frozen,
         no_grad=no_grad,
@@ -161,7 +187,21 @@ def plans(
         per_host=draw(st.integers(1, 4)),
         loss_weighted=draw(st.booleans()),
         global_norm=draw(st.booleans()),
+        orders=[pair for pair in edges if draw(st.integers(0, 3)) == 0] if scheduled else (),
+        recompute=[u for u in range(count) if draw(st.booleans())] if scheduled else (),
+        lags=[draw(st.integers(0, 3)) if u not in frozen else 0 for u in range(count)] if splits else None,
+        slots=draw(_slots(replicas)) if scheduled and draw(st.booleans()) else None,
     )
+
+
+@st.composite
+def _slots(draw: st.DrawFn, replicas: Sequence[int]) -> list[int]:
+    """Which stages share devices: each has its own, or those of one before it with as many."""
+    found: list[int] = []
+    for u, count in enumerate(replicas):
+        same = [found[v] for v in range(u) if replicas[v] == count]
+        found.append(draw(st.sampled_from([u, *same])))
+    return found
 
 
 @st.composite

@@ -172,6 +172,59 @@ def test_prediction_for_the_table():
     assert prediction.trace == simulate(plan)
 
 
+def test_between_stages_of_one_device_nothing_is_under_way():
+    slow = Link(latency=10.0, bandwidth=float("inf"))
+    plan = make_plan(chain(3), [1] * 3, 1, link=slow, slots=[0, 0, 2])
+    trace = simulate(plan, steps=1)
+    assert computes(trace, 0) == [("F0", 0.0, 1.0), ("F0", 1.0, 2.0), ("B0", 25.0, 27.0), ("B0", 27.0, 29.0)]
+    stages = [s.stage for s in trace.spans if s.rank == 0 and s.activity is Activity.COMPUTE]
+    assert stages == [0, 1, 1, 0]
+
+
+def test_an_order_waits_for_a_message_of_no_bytes():
+    link = Link(latency=0.5, bandwidth=1.0)
+    plan = make_plan([(0, 1)], [1, 1], 1, orders=[(0, 1)], link=link)
+    trace = simulate(plan, steps=1)
+    assert computes(trace, 1) == [("F0", 1.5, 2.5), ("B0", 2.5, 4.5)]
+    assert computes(trace, 0) == [("F0", 0.0, 1.0), ("B0", 5.0, 7.0)]
+
+
+def test_split_halves_send_the_gradient_early_and_recompute_in_the_input_half():
+    seconds = [StageSeconds(1.0, 1.0, 1.0), StageSeconds(1.0, 2.0, 4.0, recompute=0.5)]
+    plan = make_plan(
+        chain(2), [1, 1], 2, seconds=seconds, policy=Policy("zero-bubble"), lags=[0, 1], recompute=[1]
+    )
+    trace = simulate(plan, steps=1)
+    assert computes(trace, 1) == [
+        ("F0", 1.0, 2.0),
+        ("I0", 2.0, 4.5),
+        ("F1", 4.5, 5.5),
+        ("I1", 5.5, 8.0),
+        ("W0", 8.0, 12.0),
+        ("W1", 12.0, 16.0),
+    ]
+    assert computes(trace, 0)[2:] == [("B0", 4.5, 6.5), ("B1", 8.0, 10.0)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(scheduled=True))
+def test_every_plan_runs_and_keeps_each_rank_to_one_thing_at_a_time(plan: Plan):
+    trace = simulate(plan)
+    ends: dict[int, float] = defaultdict(float)
+    for span in trace.spans:
+        if span.activity is not Activity.WAIT and span.stop > span.start:
+            assert span.start >= ends[span.rank]
+            ends[span.rank] = span.stop
+    busy = [0.0] * len(plan.topology.devices)
+    for stage in plan.stage_graph.stages:
+        again = stage.seconds.recompute if stage.recompute else 0.0
+        back = stage.seconds.backward + again if stage.has_backward else 0.0
+        for rank in stage.devices:
+            busy[rank] += plan.mini_batch // stage.micro_batch * (stage.seconds.forward + back)
+            busy[rank] += stage.seconds.update if stage.trainable_bytes else 0.0
+    assert busy_seconds(trace) == pytest.approx(tuple(busy))
+
+
 @settings(max_examples=100, deadline=None)
 @given(plans())
 def test_no_plan_beats_the_work_or_the_way_to_it(plan: Plan):
@@ -208,8 +261,8 @@ def test_a_rank_does_one_thing_at_a_time_and_holds_what_it_may(plan: Plan):
             assert peaks[rank] * len(stage.devices) <= stage.in_flight
 
 
-@settings(max_examples=60, deadline=None)
-@given(plans(all_gradients=True))
+@settings(max_examples=100, deadline=None)
+@given(plans(all_gradients=True, scheduled=True))
 def test_with_the_stated_slots_no_send_ever_waits(plan: Plan):
     trace = simulate(plan)
     assert not [s for s in trace.spans if s.activity is Activity.WAIT and s.label == "send"]

@@ -5,7 +5,7 @@ gradient flows (an exported graph's own `requires_grad` is False everywhere).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,15 @@ from .export import EXAMPLES, Exported
 
 @dataclass
 class NodeCost:
-    """Totals over EXAMPLES samples; `saved` maps storages that backward needs to their bytes."""
+    """Totals over EXAMPLES samples; `saved` maps storages that backward needs to their bytes.
+
+    `rows` are the bytes of a table's rows that a lookup read, the table itself then being no part of `bytes`.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
     kernels: int = 0
+    rows: float = 0.0
     saved: dict[int, int] = field(default_factory=dict)
     requires_grad: bool = False
     shape: tuple[int, ...] | None = None
@@ -66,6 +70,10 @@ def fake_value(
 
 def _storage(value: Tensor) -> int:
     return int(value.untyped_storage()._cdata)
+
+
+def _total(tensors: Sequence[Tensor]) -> int:
+    return sum(math.prod(t.shape) * t.element_size() for t in tensors)
 
 
 class _Measured(fx.Interpreter):
@@ -126,6 +134,13 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
     return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
+_LOOKUPS = (
+    torch.ops.aten.embedding,
+    torch.ops.aten._embedding_bag,
+    torch.ops.aten._embedding_bag_forward_only,
+)
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up what is dispatched below autograd while one node runs."""
 
@@ -145,7 +160,14 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not made or func in (torch.ops.aten.detach.default, torch.ops.aten.sym_size.int):
             return result
         self.cost.kernels += 1
-        self.cost.bytes += sum(math.prod(t.shape) * t.element_size() for t in [*tensors, *made])
+        if func._overloadpacket in _LOOKUPS:
+            table, indices = tensors[:2]
+            read = math.prod(indices.shape) * math.prod(table.shape[1:])
+            self.cost.flops += read
+            self.cost.rows += read * table.element_size()
+            self.cost.bytes += read * table.element_size() + _total([*tensors[1:], *made])
+            return result
+        self.cost.bytes += _total([*tensors, *made])
         formula = flop_registry.get(func._overloadpacket)
         if func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.cost.flops += _attention_flops(*args[:3])

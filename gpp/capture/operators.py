@@ -2,11 +2,13 @@
 
 FLOPs, bytes moved and the stash of forward are measured on fake tensors; a backward half is charged what its
 forward cost: a product of activations and weights has one product in either half, a product of two
-activations two in the input half, everything else its traffic once more in the input half.
+activations two in the input half, everything else its traffic once more in the input half. A table that rows
+are looked up in gets a dense gradient: zeros of its size, to which the rows' gradients are added. The weight
+half also adds each parameter's gradient to the sum over micro-batches.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -129,8 +131,7 @@ def _operator(
         _bytes(used, costs) + _bytes(node, costs)
         for node in members
         if _learns(node, exported, trainable, reach)
-        for used in node.all_input_nodes[:1]
-        if facts.kind[used.name] in (Dependence.SAMPLES, Dependence.KEY)
+        for used in _data(node, facts)[:1]
     )
     return Operator(
         name=name,
@@ -163,10 +164,25 @@ def _bytes(node: fx.Node, costs: Mapping[str, NodeCost]) -> float:
     return float(math.prod(cost.shape) * cost.dtype.itemsize)
 
 
+def _data(node: fx.Node, facts: Dependences) -> list[fx.Node]:
+    """What a node reads of the batch: a linear layer its input, a lookup its row numbers."""
+    kinds = (Dependence.SAMPLES, Dependence.KEY)
+    return [used for used in node.all_input_nodes if facts.kind[used.name] in kinds]
+
+
 def _learns(
     node: fx.Node, exported: Exported, trainable: Mapping[str, bool], reach: Mapping[str, set[str]]
 ) -> bool:
-    return any(trainable[exported.parameters[s]] for s in reach[node.name] if s in exported.parameters)
+    return any(_is_learnt(s, exported, trainable) for s in reach[node.name])
+
+
+def _is_learnt(state: str, exported: Exported, trainable: Mapping[str, bool]) -> bool:
+    return state in exported.parameters and trainable[exported.parameters[state]]
+
+
+def _state_bytes(names: Iterable[str], state: Mapping[str, object]) -> float:
+    values = (state.get(name) for name in names)
+    return float(sum(math.prod(v.shape) * v.dtype.itemsize for v in values if isinstance(v, Tensor)))
 
 
 def _works(
@@ -180,6 +196,7 @@ def _works(
 ) -> tuple[Work, Work, Work]:
     """Work of forward, input half and weight half, per sample and per call."""
     totals = [[0.0, 0.0, 0.0, 0.0] for _ in range(3)]
+    learnt: set[str] = set()
 
     def add(half: int, factor: float, cost: NodeCost, fixed: float) -> None:
         total = totals[half]
@@ -190,11 +207,7 @@ def _works(
 
     for node in members:
         cost = costs[node.name]
-        fixed = sum(
-            math.prod(v.shape) * v.dtype.itemsize
-            for s in reach[node.name]
-            if isinstance(v := state.get(s), Tensor)
-        )
+        fixed = 0.0 if cost.rows else _state_bytes(reach[node.name], state)
         add(0, 1.0, cost, fixed)
         for used in node.all_input_nodes:  # tables are recomputed where they are read
             if facts.kind[used.name] is Dependence.TABLE:
@@ -202,12 +215,19 @@ def _works(
         if not cost.requires_grad:
             continue
         learns = _learns(node, exported, trainable, reach)
+        learnt |= {s for s in reach[node.name] if _is_learnt(s, exported, trainable)}
         flowing = [u for u in node.all_input_nodes if u.op == "call_function" and costs[u.name].requires_grad]
         heavy = cost.flops > 4 * cost.bytes / 4 and base_name(node) != "embedding"
         if flowing:
             add(1, 2.0 if heavy and not learns else 1.0, cost, fixed)
-        if learns:
+        if learns and cost.rows:  # reads the gradients, reads and writes the rows; the zeros come on top
+            scattered = NodeCost(cost.flops, cost.bytes + cost.rows, cost.kernels + 1)
+            add(2, 1.0, scattered, 0.0)
+            totals[2][2] += _state_bytes(reach[node.name], state)
+        elif learns:
             add(2, 1.0, cost, fixed)
+    totals[2][2] += 3 * _state_bytes(learnt, state)  # gradient and sum are read, the sum is written
+    totals[2][3] += len(learnt)
     return (
         Work(*_per_sample(totals[0])),
         Work(*_per_sample(totals[1])),

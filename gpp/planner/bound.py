@@ -1,83 +1,106 @@
-"""A proven lower bound on the step time of any plan.
+"""A proven lower bound on the step time of any plan: between two updates of its slowest stage.
 
-For plans of convex stages in which a stage's d devices split its micro-batch evenly, each micro-batch size is
-one of those considered, both halves of a backward run in one go, and an all-reduce waits for its device's
-last pass. Three arguments, the largest counts:
+For plans of convex stages in which a stage's devices split its micro-batch evenly, each stage's micro-batch
+size is one of those considered, and an all-reduce and an update wait for their device's last pass. Messages
+are asynchronous and take no device's time, recomputing only adds to it, and steps follow each other without a
+barrier, so a step may begin while others of its devices are still at the one before. The largest counts of:
 
-- work: every operator computes every sample somewhere, on K devices at most;
-- one operator: its d replicas each compute m pieces, then reduce and update, whatever else they do;
-- a path: between two updates of a parameter that leads to an operator v, a micro-batch must travel from the
-  parameter to v, all pieces of v's work must be done, and a gradient must travel back.
+- operator: its d replicas each compute r pieces, then reduce and update, whatever else they do;
+- path: a micro-batch travels to an operator, all its pieces are done, a gradient travels back
+  (`gpp.planner.round_trip`);
+- work, packing, waiting: what fits on K devices in a step (`gpp.planner.packing`);
+- stages: the least that the busiest device does, over all partitions (`gpp.planner.bottleneck`).
+
+Bounds that charge a stage its messages, as a minimum cut around a heavy operator, do not hold here: cutting
+costs no device's time, and a message may go to as many devices at once as there are. Nor does a cover of
+chains by stages say more than the area: without messages it costs nothing to cut a chain.
 """
 
-from functools import cache
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gpp.cost import CostModel, all_reduce_seconds
+from gpp.cost import CostModel
 from gpp.graph import ComputationGraph
 from gpp.topology import DeviceTopology
 
-from .intervals import operator_seconds, takes_part_in_backward
-from .options import Options, divisors
+from .bottleneck import bottleneck
+from .estimate import Problem
+from .loads import loads, may_split
+from .options import Options
+from .packing import SAFE, area, unpackable, waiting
+from .round_trip import RoundTrips
 
-Array = NDArray[np.float64]
+FEW = 1000  # downsets that take no more than a moment
+EXACT = 1e-7  # share of the step time
+SAME = 1e-6  # of two arguments that say the same, the simpler one is named
 
 
 def bound(
-    graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options
+    graph: ComputationGraph,
+    topology: DeviceTopology,
+    costs: CostModel,
+    options: Options,
+    *,
+    downsets: int = FEW,
 ) -> tuple[float, str]:
-    """Seconds that no step can beat, and what says so: "work", "operator NAME" or "path through NAME".
+    """Seconds that no step can beat, and what says so: "operator NAME", "path through NAME", "work",
+    "packing", "waiting" or "stages".
 
-    Asks the cost model O(n divisors(mini_batch)) times. Of unequal devices the fastest counts.
+    Asks the cost model O(n divisors(mini_batch)) times; O(n |splits|) for each of about 35 step times; then
+    "stages" where the graph has up to `downsets` downsets (equal branches collapsed), O(downsets^2).
     """
-    devices = len(topology.devices)
-    kinds = tuple(dict.fromkeys(topology.devices))
-    limit = min(devices, options.max_replicas or devices)
-    splits = [(b, d) for b in options.micro_batches for d in divisors(b) if d <= limit]
-    seconds_of = cache(lambda samples: operator_seconds(graph, costs, kinds, samples, min))
-    calls = np.stack([seconds_of(b / d) for b, d in splits])  # [split, pass, operator]
-    rounds = np.array([options.mini_batch // b for b, _ in splits], dtype=float)
-    degrees = np.array([d for _, d in splits])
-    coupled = np.array([op.batch_coupled for op in graph.operators])
-    trainable = [sum(p.bytes for p in op.parameters if p.trainable) for op in graph.operators]
-    update = np.array(
-        [min(costs.update(size, kind) for kind in kinds) if size else 0.0 for size in trainable]
-    )
+    problem = Problem(graph, topology, costs, options)
+    found = loads(problem)
+    pieces, shares, devices = found.pieces, found.shares, len(topology.devices)
+    trips = RoundTrips(graph, pieces, options.global_norm or graph.loss_weighted)
+    alone = pieces.alone.min(0)
+    least, which = float(alone.max()), f"operator {graph.operators[int(alone.argmax())].name}"
 
-    forbidden = coupled[None, :] & (degrees > 1)[:, None]
-    compute = np.where(forbidden, np.inf, rounds[:, None] * calls.sum(1))  # of one replica in a step
-    everything = {p.name: p.bytes for op in graph.operators for p in op.parameters if p.trainable}
-    last = min(costs.update(sum(everything.values()), kind) for kind in kinds) if everything else 0.0
-    work = float((compute * degrees[:, None]).min(0).sum() + last) / devices
+    def tell(seconds: float, name: str) -> tuple[float, str]:
+        """The larger one; by the name of what came first if they are as good as equal."""
+        return max(seconds, least), name if seconds > least * (1 + SAME) else which
 
-    reduce = np.array([[_all_reduce(size, int(d), topology) for size in trainable] for d in degrees])
-    alone = (compute + reduce + update).min(0)
-    way = _there_and_back(graph, calls.sum(1).min(0), update) + compute.min(0)
-    best = [
-        (work, "work"),
-        (float(alone.max()), f"operator {graph.operators[int(alone.argmax())].name}"),
-        (float(way.max()), f"path through {graph.operators[int(way.argmax())].name}"),
-    ]
-    return max(best, key=lambda pair: pair[0])
+    raised = _raised(least, lambda step: float(trips.needs(step).max()))
+    worst = graph.operators[int(trips.needs(raised).argmax())].name
+    least, which = tell(raised, f"path through {worst}")
+    least, which = tell(_raised(least, lambda step: area(shares, found.speeds, step)), "work")
+    least, which = tell(_refuted(least, lambda step: unpackable(shares, devices, step)), "packing")
+    if not options.colocate:
+        if not may_split(problem):
+            idle = _raised(least, lambda step: waiting(pieces, np.add(*trips.ways(step)), devices, step))
+            least, which = tell(idle, "waiting")
+        stages = bottleneck(problem, shares, least, downsets)
+        least, which = tell(stages or 0.0, "stages")
+    return least * SAFE, which  # a simulated step is a difference of sums
 
 
-def _all_reduce(size: int, devices: int, topology: DeviceTopology) -> float:
-    links = [topology.between] + ([topology.inside] if devices <= topology.per_host else [])
-    return min(all_reduce_seconds(size, devices, link) for link in links)
+def _raised(low: float, need: Callable[[float], float]) -> float:
+    """About the most that follows if for every T a step takes longer than T, or need(T) at least, which falls
+    with T."""
+    high = need(low)
+    if high == np.inf:
+        return _refuted(low, lambda step: need(step) > step)
+    high = max(low, high)
+    probe = high
+    while high - low > EXACT * high:
+        found = need(probe)
+        if found >= probe:
+            low = probe
+        else:
+            low, high = max(low, found), probe
+        probe = (low + high) / 2
+    return low
 
 
-def _there_and_back(graph: ComputationGraph, piece: Array, update: Array) -> Array:
-    """For every operator the most that must happen, in a row, before its first and after its last piece: the
-    path from some parameter to it, the gradient's way back and the parameter's update. `piece` are seconds of
-    all passes of one piece. -inf where no gradient flows from it to a parameter of another operator."""
-    before = np.full(len(graph.operators), -np.inf)
-    for (u, v), tensors in graph.edges.items():
-        flows = any(t.needs_grad for t in tensors) and takes_part_in_backward(graph, graph.operators[v])
-        if not flows:
-            continue
-        before[v] = max(before[v], before[u] + piece[u])
-        if any(p.trainable for p in graph.operators[u].parameters):
-            before[v] = max(before[v], piece[u] + update[u])
-    return before
+def _refuted(low: float, impossible: Callable[[float], bool]) -> float:
+    """About the longest step time, `low` at least, that is proven to be impossible."""
+    if not impossible(low):
+        return low
+    high = 2 * low
+    while impossible(high):
+        low, high = high, 2 * high
+    while high - low > EXACT * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if impossible(middle) else (low, middle)
+    return low

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from gpp.cost import CostModel, all_reduce_seconds
 from gpp.graph import ComputationGraph, Operator, Parameter
@@ -18,15 +19,20 @@ from gpp.plan import (
     StageGraph,
     StageSeconds,
     device_memory,
+    shared_out,
 )
 from gpp.schedule.inflight import in_flight
-from gpp.simulate import simulate
+from gpp.timing import step_seconds
 from gpp.topology import Device, DeviceTopology
 
 from .intervals import takes_part_in_backward
 from .naming import stage_names
 from .options import Options
 from .placement import place
+from .units import Units, units
+
+if TYPE_CHECKING:
+    from .space import Space
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class Group:
     """One stage to be: operators by position, how many devices it gets, and what else a planner decided.
 
     `micro_batch` None is the plan's own. Groups with the same `slot` (not None) share their devices, of which
-    they must ask for equally many.
+    they must ask for equally many. `at` names the devices; either all groups have it or none.
     """
 
     operators: tuple[int, ...]
@@ -44,6 +50,7 @@ class Group:
     recompute: bool = False
     shard_optimizer: bool = False
     slot: int | None = None
+    at: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,18 @@ class Problem:
     def fingerprints(self) -> Fingerprints:
         """What its plans are made from."""
         return Fingerprints(self.graph.fingerprint(), self.costs.fingerprint(), self.topology.fingerprint())
+
+    @cached_property
+    def units(self) -> Units:
+        """What the user's constraints keep together. Raises PlanError if they contradict each other."""
+        return units(self.graph, self.options, len(self.topology.devices))
+
+    @cached_property
+    def space(self) -> "Space":
+        """The series-parallel space over its units, made once for every micro-batch size."""
+        from .space import make_space
+
+        return make_space(self)
 
 
 def assemble(
@@ -116,7 +135,7 @@ def in_a_row(edges: Sequence[Edge], stages: int) -> tuple[Edge, ...]:
 
 def estimated(plan: Plan) -> Plan:
     """The plan with the simulator's step time as its estimate."""
-    return replace(plan, estimate=simulate(plan).step_seconds)
+    return replace(plan, estimate=step_seconds(plan))
 
 
 def busy_seconds(plan: Plan) -> float:
@@ -164,6 +183,11 @@ def peak_memory(plan: Plan) -> float:
 
 def _places(groups: Sequence[Group], topology: DeviceTopology) -> list[tuple[int, ...]]:
     """Devices of every group; those of one slot are placed once."""
+    decided = [group.at for group in groups if group.at is not None]
+    if decided:
+        if len(decided) < len(groups):
+            raise PlanError("either every stage says which devices it is on, or none does")
+        return decided
     slots = [("slot", group.slot) if group.slot is not None else ("own", i) for i, group in enumerate(groups)]
     counts = {slot: group.devices for slot, group in zip(slots, groups, strict=True)}
     for slot, group in zip(slots, groups, strict=True):
@@ -216,7 +240,12 @@ def _stage(
     graph = problem.graph
     ops = [graph.operators[i] for i in sorted(group.operators)]
     parameters = _parameters(ops)
-    trainable = sum(p.bytes for p in parameters.values() if p.trainable)
+    sizes = {p.name: p.bytes for p in parameters.values() if p.trainable}
+    trainable = sum(sizes.values())
+    owned = trainable  # of which a replica keeps the optimizer's state
+    if group.shard_optimizer:
+        shares = shared_out(sizes, len(devices))
+        owned = max(sum(n for p, n in sizes.items() if shares[p] == i) for i in range(len(devices)))
     kinds = tuple(dict.fromkeys(problem.topology.devices[d] for d in devices))
     return Stage(
         name=name,
@@ -224,7 +253,7 @@ def _stage(
         devices=devices,
         micro_batch=micro_batch,
         in_flight=held,
-        seconds=_seconds(problem, group, ops, micro_batch / len(devices), trainable, kinds),
+        seconds=_seconds(problem, group, ops, micro_batch / len(devices), trainable, owned, kinds),
         k=group.k,
         recompute=group.recompute,
         shard_optimizer=group.shard_optimizer,
@@ -232,7 +261,7 @@ def _stage(
         weight_stash=sum(op.weight_stash for op in ops),
         parameter_bytes=sum(p.bytes for p in parameters.values()),
         trainable_bytes=trainable,
-        optimizer_bytes=int(problem.options.optimizer_factor * trainable),
+        optimizer_bytes=int(problem.options.optimizer_factor * owned),
         buffer_bytes=sum(op.buffer_bytes for op in ops),
         batch_keys=tuple(dict.fromkeys(key for op in ops for key in op.batch_keys)),
         terms=tuple(dict.fromkeys(term for op in ops for term in op.terms)),
@@ -251,19 +280,23 @@ def _seconds(
     ops: Sequence[Operator],
     samples: float,
     trainable: int,
+    owned: int,
     kinds: Sequence[Device],
 ) -> StageSeconds:
-    """Replicas wait for each other: the slowest device counts."""
+    """Replicas wait for each other: the slowest device counts. Where the optimizer's state is shared out, an
+    update ends when each replica has the others' parameters (half of an all-reduce)."""
     costs = problem.costs
     back = [op for op in ops if takes_part_in_backward(problem.graph, op)]
     forward = max(sum(costs.forward(op, samples, d) for op in ops) for d in kinds)
-    updated = trainable / (group.devices if group.shard_optimizer else 1)
+    shares = group.devices if group.shard_optimizer else 1
+    ring = problem.topology.inside if shares <= problem.topology.per_host else problem.topology.between
+    update = max(costs.update(owned, d) for d in kinds) if trainable else 0.0
     return StageSeconds(
         forward=forward,
         recompute=forward if group.recompute and back else 0.0,
         backward_input=max(sum(costs.backward_input(op, samples, d) for op in back) for d in kinds),
         backward_weight=max(sum(costs.backward_weight(op, samples, d) for op in back) for d in kinds),
-        update=max(costs.update(updated, d) for d in kinds) if trainable else 0.0,
+        update=update + (all_reduce_seconds(trainable, shares, ring) / 2 if trainable else 0.0),
     )
 
 

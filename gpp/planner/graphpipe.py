@@ -7,63 +7,77 @@ micro-batch size is chosen by simulated step time. Devices that lower neither bo
 Where there are more branches than devices the tree cannot tell them apart; then, and where nothing in the
 tree's space fits memory, stages may also span the end of one branch and the start of the next (the leaf order
 as one chain), and the faster plan is kept.
+
+As options, off by default as in the paper: every stage its own micro-batch size, and the k of kFkB
+(`gpp.planner.configured`); kept where the simulated step is faster.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from gpp.cost import CostModel
 from gpp.graph import ComputationGraph
-from gpp.plan import Plan, PlanError
+from gpp.plan import Plan
 from gpp.topology import DeviceTopology
 
 from .bound import bound
+from .configured import SIZES, configured
 from .estimate import Group, Problem, assemble, busy_seconds, estimated, peak_memory, rough_seconds
-from .intervals import IntervalCosts, Intervals, operator_seconds
+from .frontier import frontier
 from .options import Options
-from .outline import Chain, outline
-from .series_parallel import decompose
-from .threshold import Answer, Charge, ThresholdSearch
+from .outline import Chain
+from .shortage import shortage
+from .space import CHARGES, HOPES, Space
+from .threshold import Answer, ThresholdSearch
 
 NAME = "graphpipe"
 ROUGH = 1.15  # the rough step time is at most this factor above the simulated one
+PARTS = (1.0, 0.9, 0.75, 0.5)  # of the memory, where a stage before a longer branch holds more than charged
 CLOSE = 1e-6  # step times this close are ties
-
-
-@dataclass(frozen=True, slots=True)
-class _Charge:
-    """How warily memory is charged, see `Charge`, and what part of a device's memory may be charged."""
-
-    margin: int
-    wary: bool
-    part: float
-
-
-# first as most plans come out, then so that none comes out larger than charged
-CHARGES = (_Charge(0, False, 1.0), _Charge(1, False, 1 - 1e-9), _Charge(1 << 20, True, 1 - 1e-9))
-# what the tree puts in a row may be side by side, and hold less than charged: these plans may fit after all
-HOPES = (_Charge(0, False, 1.5), _Charge(0, False, float("inf")))
 
 
 def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
     """The plan for one training step, with its estimate and its lower bound.
 
-    Raises PlanError if no plan fits the devices' memory. Of unequal devices every stage is planned for the
-    slowest and the smallest. n operators (merged to about 160 runs where there are more), K devices, H
-    levels, per micro-batch size: O(n^2 K log K) for the first threshold, O(n^2 H^2) for every one, mostly one
-    to ten of them; then a simulation of the best few.
+    Raises PlanError if no plan fits the devices' memory or keeps the constraints. Of unequal devices every
+    stage is planned for the slowest and the smallest. n units (merged to about 160 runs where there are
+    more), K devices, H levels, per micro-batch size: O(n^2 K log K) for the first threshold, O(n^2 H^2) for
+    every one, mostly one to ten of them; then a simulation of the best few.
     """
     problem = Problem(graph, topology, costs, options)
-    search = _Search(problem)
-    found = [candidate for size in options.micro_batches for candidate in search.candidates(size)]
-    if not found:
-        raise PlanError(search.shortage())
-    best = _fastest(found)
-    best = _fastest(search.leaner(best), best)
+    space = problem.space
+    found = [candidate for size in options.micro_batches for candidate in _candidates(space, size)]
+    plans = _configured(space, found)
+    if not found and not plans:
+        raise shortage(space)
+    if found:
+        best = _fastest(found)
+        plans.append(_fastest(_leaner(space, best), best).plan)
+    chosen = plans[0]
+    for other in plans[1:]:
+        chosen = other if not _better(chosen, other) else chosen
     seconds, _ = bound(graph, topology, costs, options)
-    return replace(best.plan, lower_bound=seconds)
+    return replace(chosen, lower_bound=seconds)
+
+
+def bottleneck(problem: Problem, micro_batch: int) -> float:
+    """Seconds of one micro-batch on the slowest stage of the plan with the least, as its memory is charged
+    first; inf where nothing fits. The search alone: nothing is simulated, and no plan is made."""
+    space = problem.space
+    answers = [
+        space.search(chain, micro_batch).answer(space.memory, precision=space.precision)
+        for chain in space.forms
+    ]
+    return min((answer.seconds for answer in answers if answer is not None), default=float("inf"))
+
+
+def candidates(
+    problem: Problem, micro_batch: int, *, limit: int = 12, ignore_memory: bool = False
+) -> list[list[Group]]:
+    """At most `limit` partitions worth simulating at one micro-batch size, see `frontier`: the first has the
+    least bottleneck, the others a shorter all-reduce, fewer levels, or stages across branches. Each fits the
+    devices' memory under the options' schedule, unless that is ignored; none where nothing fits."""
+    return frontier(problem.space, micro_batch, limit=limit, ignore_memory=ignore_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,65 @@ class _Candidate:
     plan: Plan
     answer: Answer
     search: ThresholdSearch
+
+
+def _candidates(space: Space, micro_batch: int) -> list[_Candidate]:
+    """Plans with one micro-batch size, not yet simulated; none where nothing fits."""
+    found = [candidate for chain in space.forms for candidate in _in_memory(space, chain, micro_batch)]
+    return found or _in_memory(space, space.leaves, micro_batch)
+
+
+def _in_memory(space: Space, chain: Chain, micro_batch: int) -> list[_Candidate]:
+    """The plan with the least bottleneck and of those with the fewest samples in flight."""
+    least = 0.0
+    for wariness in (*CHARGES, *HOPES):
+        search = space.search(chain, micro_batch, wariness)
+        within = (least if wariness in CHARGES else 0.0, float("inf"))
+        answer = search.answer(space.memory * wariness.part, within=within, precision=space.precision)
+        if answer is not None:
+            found = assemble(space.problem, space.groups(answer), micro_batch, NAME)
+            if peak_memory(found) <= space.memory:
+                return [_Candidate(found, answer, search)]
+            least = answer.seconds  # more warily charged, nothing is faster
+    return []
+
+
+def _leaner(space: Space, candidate: _Candidate) -> list[_Candidate]:
+    """The plan with the least memory of those with the same bottleneck, if it is another one."""
+    search = candidate.search
+    answer = search.leaner(candidate.answer)
+    if answer == candidate.answer:
+        return []
+    found = assemble(space.problem, space.groups(answer), search.intervals.micro_batch, NAME)
+    return [_Candidate(found, answer, search)] if peak_memory(found) <= space.memory else []
+
+
+def _configured(space: Space, found: Sequence[_Candidate]) -> list[Plan]:
+    """With stages of their own micro-batch sizes and bursts, if the options allow any: around the size of the
+    least bottleneck (each size by itself where all stages have the same)."""
+    options = space.problem.options
+    if not options.stage_micro_batches and options.bursts == (1,):
+        return []
+    sizes = [size for size in options.micro_batches if size & (size - 1) == 0] or [*options.micro_batches]
+    windows: list[tuple[int, ...]] = [(size,) for size in sizes]
+    if options.stage_micro_batches:
+        usual = min(found, key=lambda c: c.answer.seconds / c.search.intervals.micro_batch, default=None)
+        middle = max(
+            i for i, size in enumerate(sizes) if usual is None or size <= usual.search.intervals.micro_batch
+        )
+        first = min(max(0, middle - SIZES + 2), max(0, len(sizes) - SIZES))
+        windows = [tuple(sizes[first : first + SIZES])]
+    plans = []
+    for window in windows:
+        for part in PARTS:
+            answer = configured(space, window, space.memory * part)
+            if answer is None:
+                break
+            whole = assemble(space.problem, answer[1], window[0], NAME)
+            if peak_memory(whole) <= space.memory:
+                plans.append(estimated(whole))
+                break
+    return plans
 
 
 def _fastest(found: Sequence[_Candidate], best: _Candidate | None = None) -> _Candidate:
@@ -92,100 +165,3 @@ def _better(one: Plan, other: Plan) -> bool:
         return one.estimate < other.estimate
     ties = [(peak_memory(p), len(p.stage_graph.stages)) for p in (one, other)]
     return ties[0] < ties[1]
-
-
-class _Search:
-    """What is the same for every micro-batch size."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.memory = min(device.memory for device in problem.topology.devices)
-        self.devices = len(problem.topology.devices)
-        graph, topology, costs, options = problem.graph, problem.topology, problem.costs, problem.options
-        kinds = tuple(dict.fromkeys(topology.devices))
-        work = operator_seconds(graph, costs, kinds, options.micro_batches[-1]).sum(0)
-        static = np.array([sum(p.bytes for p in op.parameters) for op in graph.operators], dtype=float)
-        weights = np.maximum(work / (work.sum() or 1.0), static / (static.sum() or 1.0))
-        self.outline = outline(decompose(graph, work.tolist()), weights.tolist(), self.devices)
-        self.costs = IntervalCosts(
-            graph, self.outline.order, self.outline.boundaries, topology, costs, options
-        )
-        self.tree = self.outline.chain
-        self.leaves = self.outline.flat()
-
-    def candidates(self, micro_batch: int) -> list[_Candidate]:
-        """Plans with one micro-batch size, not yet simulated; none where nothing fits."""
-        intervals = self.costs.table(micro_batch)
-        found = self.in_memory(self.tree, intervals)
-        if not found or self.tree.width > self.devices:
-            found += self.in_memory(self.leaves, intervals)
-        return found
-
-    def in_memory(self, chain: Chain, intervals: Intervals) -> list[_Candidate]:
-        """The plan with the least bottleneck and of those with the fewest samples in flight."""
-        for charge in (*CHARGES, *HOPES):
-            search = self.search(chain, intervals, charge)
-            answer = search.answer(self.memory * charge.part)
-            if answer is not None:
-                plan = self.assembled(answer, intervals.micro_batch)
-                if peak_memory(plan) <= self.memory:
-                    return [_Candidate(plan, answer, search)]
-        return []
-
-    def leaner(self, candidate: _Candidate) -> list[_Candidate]:
-        """The plan with the least memory of those with the same bottleneck, if it is another one."""
-        search = candidate.search
-        answer = search.leaner(candidate.answer)
-        if answer == candidate.answer:
-            return []
-        plan = self.assembled(answer, search.intervals.micro_batch)
-        return [_Candidate(plan, answer, search)] if peak_memory(plan) <= self.memory else []
-
-    def search(self, chain: Chain, intervals: Intervals, charge: _Charge) -> ThresholdSearch:
-        """A search over one form of the model."""
-        options = self.problem.options
-        rounds = options.mini_batch // intervals.micro_batch
-        charged = Charge(options.policy, rounds, charge.margin, charge.wary)
-        return ThresholdSearch(chain, intervals, self.devices, charged)
-
-    def assembled(self, answer: Answer, micro_batch: int) -> Plan:
-        """An answer as a plan; stages in the leaf order."""
-        stages = sorted(answer.stages, key=lambda stage: stage.start)
-        groups = [Group(self.outline.operators(s.start, s.stop), s.devices) for s in stages]
-        return assemble(self.problem, groups, micro_batch, NAME)
-
-    def shortage(self) -> str:
-        """Why nothing fits: the operator that is too large, or about how much the whole model is short of."""
-        sizes = self.problem.options.micro_batches
-        tables = [self.costs.table(size) for size in sorted({sizes[0], sizes[-1]})]
-        # a small micro-batch leaves less in flight, a large one may be split over more replicas
-        runs = [(self.search(self.tree, table, CHARGES[0]).heaviest_run(), table) for table in tables]
-        (run, least), table = min(runs, key=lambda pair: pair[0][1])
-        need = least
-        if least <= self.memory:
-            need, table = min(((self.need(t), t) for t in tables), key=lambda pair: pair[0])
-        has = f"a device of cluster {self.problem.topology.name} has {self.memory / 2**20:.1f} MiB"
-        needs = f"needs about {need / 2**20:.1f} MiB at micro-batch {table.micro_batch}, {has}"
-        less = "train.micro_batch" if len(sizes) == 1 and sizes[0] > 1 else "train.mini_batch"
-        if least <= self.memory:
-            count = f"{self.devices} device{'s' if self.devices > 1 else ''}"
-            return (
-                f"the model does not fit {count}: the fullest {needs}; use more devices, devices with more "
-                f"memory or a smaller {less}"
-            )
-        operators = self.outline.operators(run, run + 1)
-        name = self.problem.graph.operators[operators[0]].name
-        others = f" with the {len(operators) - 1} after it" if operators[1:] else ""
-        return (
-            f"operator {name}{others} by itself {needs}; use devices with more memory, a smaller {less} or "
-            "an optimizer with less state"
-        )
-
-    def need(self, table: Intervals) -> float:
-        """About the least memory of a device with which there is a plan."""
-        need = 0.0
-        for charge in CHARGES:
-            if need <= self.memory:
-                both = [self.search(chain, table, charge) for chain in (self.tree, self.leaves)]
-                need = min(search.smallest() for search in both)
-        return need

@@ -18,8 +18,10 @@ from gpp.graph import ComputationGraph, Operator, Tensor, Work
 from gpp.topology import Device, DeviceTopology
 
 from .options import Options
+from .units import Units
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 def takes_part_in_backward(graph: ComputationGraph, op: Operator) -> bool:
@@ -51,28 +53,37 @@ class Intervals:
     """Costs of every interval [boundaries[a], boundaries[b]) of the leaf order as one stage.
 
     `seconds[d]` is the time of one micro-batch on d replicas, with its messages and its share of the step's
-    all-reduce and update; inf where d replicas are not allowed. `static` are bytes of a replica; `stash`,
-    `received` and `sent` bytes per sample in flight, `copied` what is sent if every reader of a tensor is in
-    a stage of its own.
+    all-reduce and update; inf where d replicas, or a stage at all, are not allowed. `reduces[d]` is the whole
+    all-reduce of a step. `static` are bytes of a replica; `stash`, `received` and `sent` bytes per sample in
+    flight, `copied` what is sent if every reader of a tensor is in a stage of its own.
     """
 
     micro_batch: int
     seconds: dict[int, Array]
+    reduces: dict[int, Array]
     static: Array
     stash: Array
     received: Array
     sent: Array
     copied: Array
 
-    def memory(self, degree: int, own: float, upstream: float, *, wary: bool = False) -> Array:
+    def memory(
+        self, degree: int, own: float | Counts, upstream: float | Counts, *, wary: bool = False
+    ) -> Array:
         """Bytes on each device for `own` and `upstream` micro-batches in flight here and before."""
         held = self.stash + (self.copied if wary else self.sent)
         return self.static + self.micro_batch / degree * (held * own + self.received * upstream)
 
+    def pick(self, places: tuple[NDArray[np.intp], ...]) -> "Intervals":
+        """Some intervals, without their seconds."""
+        parts = (self.static, self.stash, self.received, self.sent, self.copied)
+        return Intervals(self.micro_batch, {}, {}, *(part[places] for part in parts))
+
 
 class IntervalCosts:
     """Sums over intervals of one leaf order that do not depend on the micro-batch, and `table` for one that
-    does. n operators: O(n^2) numbers each, O(n |degrees|) questions to the cost model a micro-batch."""
+    does. n operators: O(n^2) numbers each, O(n |degrees|) questions to the cost model a micro-batch, or to
+    the `seconds_of` of another order."""
 
     def __init__(
         self,
@@ -82,6 +93,8 @@ class IntervalCosts:
         topology: DeviceTopology,
         costs: CostModel,
         options: Options,
+        units: Units | None = None,
+        seconds_of: Callable[[float], Array] | None = None,
     ) -> None:
         self.graph, self.topology, self.costs, self.options = graph, topology, costs, options
         self.order = np.asarray(order)
@@ -101,7 +114,12 @@ class IntervalCosts:
         self.stash = self._sums([op.stash for op in ops])
         self.empty = np.tri(len(boundaries), dtype=bool)
         self.coupled = self._sums([op.batch_coupled for op in ops]) > 0
-        self.seconds_of = cache(lambda samples: operator_seconds(graph, costs, self.kinds, samples))
+        self.fixed: dict[int, NDArray[np.bool_]] = {}
+        if units is not None and units.constrained:
+            self._constrain(units)
+        self.seconds_of = seconds_of or cache(
+            lambda samples: operator_seconds(graph, costs, self.kinds, samples)
+        )
 
     def table(self, micro_batch: int) -> Intervals:
         """The intervals at one micro-batch size."""
@@ -112,23 +130,44 @@ class IntervalCosts:
         update = _affine(
             self.trainable, lambda size: max(self.costs.update(size, device) for device in self.kinds)
         )
-        seconds = {}
-        for degree in options.degrees(micro_batch, count):
+        seconds, reduces = {}, {}
+        allowed = options.degrees(micro_batch, count)
+        for degree in sorted({*allowed, *(d for d in self.fixed if micro_batch % d == 0)}):
             work = self._sums(self.seconds_of(micro_batch / degree).sum(0)[self.order])
             size = (self.sent + self.received) * micro_batch / degree
             reduce = _affine(self.trainable, _all_reduce(degree, topology))
             total = work + self.messages * link.latency + size / link.bandwidth + (update + reduce) / rounds
             total[self.empty if degree == 1 else self.empty | self.coupled] = np.inf
-            seconds[degree] = total
+            if self.fixed:
+                total[self._otherwise(degree, degree in allowed)] = np.inf
+            seconds[degree], reduces[degree] = total, reduce
         return Intervals(
             micro_batch=micro_batch,
             seconds=seconds,
+            reduces=reduces,
             static=self.static,
             stash=self.stash,
             received=self.received,
             sent=self.sent,
             copied=self.copied,
         )
+
+    def _constrain(self, units: Units) -> None:
+        """Two labels, or two numbers of replicas, are not one stage."""
+        unit = [units.unit_of[i] for i in self.order.tolist()]
+        first = [i == 0 or unit[i] != unit[i - 1] for i in range(len(unit))]
+        labels = self._sums([first[i] and units.labels[u] is not None for i, u in enumerate(unit)])
+        numbers = sorted({number for number in units.replicas if number is not None})
+        self.fixed = {d: self._sums([units.replicas[u] == d for u in unit]) > 0 for d in numbers}
+        kinds = np.sum(list(self.fixed.values()), axis=0) if numbers else np.zeros_like(labels)
+        self.empty = self.empty | (labels > 1) | (kinds > 1)
+
+    def _otherwise(self, degree: int, allowed: bool) -> NDArray[np.bool_]:
+        """Intervals that must have another number of replicas."""
+        others = [found for d, found in self.fixed.items() if d != degree]
+        if not allowed:
+            others.append(~self.fixed[degree])
+        return np.any(others, axis=0) if others else np.zeros_like(self.empty)
 
     def _sums(self, values: Sequence[float] | Array) -> Array:
         sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])[self.boundaries]

@@ -6,7 +6,7 @@ Positions are boundaries of the leaf order: a run is [start, start + 1), whateve
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .series_parallel import Parallel, Series, Tree, leaf_order
+from .series_parallel import Leaf, Parallel, Series, Tree, leaf_order
 
 MANY = 160  # runs from which on small ones are merged
 
@@ -89,13 +89,20 @@ class Outline:
         return _chain([Run(i) for i in range(self.chain.stop)])
 
 
-def outline(tree: Tree, weights: Sequence[float], devices: int) -> Outline:
-    """Draw the tree. `weights` sum to about 1 over all operators; where there are more than MANY operators,
-    subtrees and runs are merged as long as they weigh less than a small part of a device's share."""
+def outline(
+    tree: Tree,
+    weights: Sequence[float],
+    devices: int,
+    members: Sequence[Sequence[int]] | None = None,
+) -> Outline:
+    """Draw the tree. `weights` of its leaves sum to about 1; where there are more than MANY leaves, subtrees
+    and runs are merged as long as they weigh less than a small part of a device's share. `members` are the
+    operators of every leaf where that is not one: they are never parted."""
     part = 1 / 16
-    drawn = _Outliner(weights, -1.0).draw(tree)
+    leaves = members or [(i,) for i in range(len(weights))]
+    drawn = _Outliner(leaves, weights, -1.0).draw(tree)
     while drawn.chain.stop > MANY and part <= 0.5:
-        drawn = _Outliner(weights, part / devices).draw(tree)
+        drawn = _Outliner(leaves, weights, part / devices).draw(tree)
         part *= 2
     return drawn
 
@@ -108,14 +115,17 @@ def _chain(elements: Sequence[Run | Block]) -> Chain:
 class _Outliner:
     """Walks the tree once, numbering boundaries as it goes; groups weigh at most `limit`."""
 
-    def __init__(self, weights: Sequence[float], limit: float) -> None:
+    def __init__(self, members: Sequence[Sequence[int]], weights: Sequence[float], limit: float) -> None:
+        self.members = members
         self.weights = weights
         self.limit = limit
         self.boundaries = [0]
+        self.known: dict[int, tuple[float, int]] = {}  # by the tree's identity: its weight and its operators
 
     def draw(self, tree: Tree) -> Outline:
         chain = self.chain([tree] if not isinstance(tree, Series) else list(tree.children))
-        return Outline(leaf_order(tree), tuple(self.boundaries), chain)
+        order = tuple(i for leaf in leaf_order(tree) for i in self.members[leaf])
+        return Outline(order, tuple(self.boundaries), chain)
 
     def chain(self, children: Sequence[Tree]) -> Chain:
         elements: list[Run | Block] = []
@@ -152,8 +162,16 @@ class _Outliner:
 
     def run(self, group: Sequence[Tree]) -> Run:
         start = len(self.boundaries) - 1
-        self.boundaries.append(self.boundaries[-1] + sum(len(leaf_order(tree)) for tree in group))
+        self.boundaries.append(self.boundaries[-1] + sum(self.measure(tree)[1] for tree in group))
         return Run(start)
 
     def weigh(self, tree: Tree) -> float:
-        return sum(self.weights[i] for i in leaf_order(tree))
+        return self.measure(tree)[0]
+
+    def measure(self, tree: Tree) -> tuple[float, int]:
+        if isinstance(tree, Leaf):
+            return self.weights[tree.operator], len(self.members[tree.operator])
+        if id(tree) not in self.known:
+            parts = [self.measure(child) for child in tree.children]
+            self.known[id(tree)] = sum(w for w, _ in parts), sum(n for _, n in parts)
+        return self.known[id(tree)]

@@ -26,13 +26,8 @@ def _place(
     places: list[tuple[int, ...]] = [()] * len(counts)
     for s in turn:
         count = counts[s]
-        hosts = {
-            start: topology.host(start + count - 1) - topology.host(start)
-            for start in range(len(free) - count + 1)
-            if all(free[start : start + count])
-        }
-        start = min(hosts, key=lambda start: (hosts[start], start), default=None)
-        if not force and count <= topology.per_host and (start is None or hosts[start] > 0):
+        start, spans = _first(free, count, topology)
+        if not force and count <= topology.per_host and (start is None or spans > 0):
             return []
         if start is None:
             places[s] = tuple(d for d in range(len(free)) if free[d])[:count]
@@ -41,3 +36,18 @@ def _place(
         for device in places[s]:
             free[device] = False
     return places
+
+
+def _first(free: Sequence[bool], count: int, topology: DeviceTopology) -> tuple[int | None, int]:
+    """The first of the runs of free devices that span the fewest hosts, and how many more than one."""
+    best, least, run = None, len(free), 0
+    for device, is_free in enumerate(free):
+        run = run + 1 if is_free else 0
+        if run >= count:
+            start = device - count + 1
+            spans = topology.host(device) - topology.host(start)
+            if spans < least:
+                best, least = start, spans
+                if spans == (count - 1) // topology.per_host:
+                    break
+    return best, least

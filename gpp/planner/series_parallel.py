@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from gpp.graph import ComputationGraph
 
+from .units import Units
+
 CANDIDATES = 8  # operators tried as the place of added dependencies
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One operator, by its position in the graph."""
+    """One operator, by its position in the graph, or one unit by its number."""
 
     operator: int
 
@@ -43,8 +45,8 @@ Tree = Leaf | Series | Parallel
 
 
 def leaf_order(tree: Tree) -> tuple[int, ...]:
-    """The operators in the order in which the tree's leaves are met: a topological order, in which every
-    subtree, and every run of children, is an interval."""
+    """The operators (or units) in the order in which the tree's leaves are met: a topological order, in which
+    every subtree, and every run of children, is an interval."""
     return tuple(_leaves(tree))
 
 
@@ -57,29 +59,35 @@ def _leaves(tree: Tree) -> Iterator[int]:
                 yield from _leaves(child)
 
 
-def decompose(graph: ComputationGraph, work: Sequence[float] | None = None) -> Tree:
-    """The tree of `graph`.
+def decompose(
+    graph: ComputationGraph, work: Sequence[float] | None = None, units: Units | None = None
+) -> Tree:
+    """The tree of `graph`, or of the graph of its `units`.
 
-    `work` (any unit, one number an operator; by default FLOPs) decides where dependencies are added to a
-    graph that is not series-parallel. n operators: O(n) operations on n-bit sets a level of the tree where
-    the graph is series-parallel, O(n^2) where it is not.
+    `work` (any unit, one number an operator or unit; by default FLOPs) decides where dependencies are added
+    to a graph that is not series-parallel. n operators: O(n) operations on n-bit sets a level of the tree
+    where the graph is series-parallel, O(n^2) where it is not.
     """
     if work is None:
         works = [(op.forward, op.backward_input, op.backward_weight) for op in graph.operators]
-        work = [sum(part.flops for part in parts) for parts in works]
+        flops = [sum(part.flops for part in parts) for parts in works]
+        work = [sum(flops[i] for i in found) for found in units.members] if units else flops
+    nodes = units or graph
     weights = np.asarray(work, dtype=np.float64)
     if not weights.any():
-        weights = np.ones(len(graph.operators))
-    return _Builder(graph, weights).build(tuple(range(len(graph.operators))))
+        weights = np.ones(len(nodes.ancestors))
+    return _Builder(nodes.ancestors, nodes.successors, weights).build(tuple(range(len(weights))))
 
 
 class _Builder:
     """The closure of a graph, shared by the recursion. Members are in topological order."""
 
-    def __init__(self, graph: ComputationGraph, work: NDArray[np.float64]) -> None:
+    def __init__(
+        self, before: Sequence[int], edges: Sequence[Sequence[int]], work: NDArray[np.float64]
+    ) -> None:
         self.work = work
-        self.before = graph.ancestors
-        self.edges = graph.successors
+        self.before = before
+        self.edges = edges
 
     def build(self, members: tuple[int, ...]) -> Tree:
         parts: list[Tree] = []
@@ -114,52 +122,86 @@ class _Builder:
 
     def components(self, members: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Connected components, by their first member."""
-        root = {v: v for v in members}
-
-        def find(v: int) -> int:
-            while root[v] != v:
-                root[v] = root[root[v]]
-                v = root[v]
-            return v
-
-        for u in members:
-            for v in self.edges[u]:
-                if v in root:
-                    a, b = sorted((find(u), find(v)))
-                    root[b] = a
-        found: dict[int, list[int]] = {}
-        for v in members:
-            found.setdefault(find(v), []).append(v)
-        return [tuple(group) for group in found.values()]
+        left = sum(1 << v for v in members)
+        found = []
+        while left:
+            edge = left & -left  # reached, and not yet looked at
+            component = edge
+            left ^= edge
+            while edge:
+                v = edge.bit_length() - 1
+                reached = self.beside[v] & left
+                left ^= reached
+                component |= reached
+                edge = edge ^ (1 << v) | reached
+            found.append(component)
+        return [tuple(v for v in members if mask >> v & 1) for mask in found]
 
     def added_cut(self, members: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Add dependencies at one operator so that a connected piece without series cut gets one.
+        """Add dependencies so that a connected piece without series cut gets one.
 
-        Either everything that is not before v waits for v, or v waits for everything that is not after it; v
-        is one of the operators with the least work beside it, and of those cuts the one that takes the least
-        work out of parallel is taken.
+        Of the cuts looked at the one is taken that takes the least work out of parallel. Some let everything
+        that is not before an operator v wait for v, or v wait for everything that is not after it; v is one
+        of the operators with the least work beside it. The others part the piece after a stratum, those with
+        paths of equal length to them.
         """
         inside = np.array(members)
-        before = self.order[np.ix_(inside, inside)]  # [u, v]: u before v
-        work = self.work[inside]
-        same = np.eye(len(inside), dtype=bool)
-        beside = ~(before | before.T | same) @ work
-        cuts = []
-        for v in np.argsort(beside, kind="stable")[:CANDIDATES]:
-            cuts += [before[:, v] | same[v], ~(before[v] | same[v])]
-
-        def serialised(first: NDArray[np.bool_]) -> float:
-            """Work that could have overlapped and no longer can: that of the smaller side."""
-            across = before[np.ix_(first, ~first)]
-            return float(min(work[first][~across.all(1)].sum(), work[~first][~across.all(0)].sum()))
-
-        first = min(cuts, key=serialised)
+        order = self.order[inside].take(inside, axis=1)  # [u, v]: 1 where u is before v
+        work = self.work[inside].astype(np.float32)
+        alone = (work.sum() - work - order @ work - work @ order) / (work.sum() or 1.0)
+        chosen = np.argsort(alone.round(5), kind="stable")[:CANDIDATES]
+        each = np.arange(len(inside)) == chosen[:, None]
+        strata = self.strata(members)
+        levels = np.unique(np.linspace(0, strata.max() - 1, CANDIDATES).astype(int))
+        cuts = np.concatenate(
+            [
+                (order[:, chosen].T > 0) | each,
+                ~((order[chosen] > 0) | each),
+                strata <= levels[:, None],
+            ]
+        )
+        first = cuts[int(_serialised(order, work, cuts).argmin())]
         return [tuple(inside[first].tolist()), tuple(inside[~first].tolist())]
 
+    def strata(self, members: tuple[int, ...]) -> NDArray[np.intp]:
+        """For each member the edges on the longest path to it."""
+        found: dict[int, int] = dict.fromkeys(members, 0)
+        for u in members:
+            for v in self.edges[u]:
+                if v in found:
+                    found[v] = max(found[v], found[u] + 1)
+        return np.array(list(found.values()))
+
     @cached_property
-    def order(self) -> NDArray[np.bool_]:
-        """[u, v]: u comes before v."""
+    def beside(self) -> list[int]:
+        """For each operator the bit set of those that it has an edge with."""
+        found = [0] * len(self.edges)
+        for u, vs in enumerate(self.edges):
+            for v in vs:
+                found[u] |= 1 << v
+                found[v] |= 1 << u
+        return found
+
+    @cached_property
+    def order(self) -> NDArray[np.float32]:
+        """[u, v]: 1 where u comes before v."""
         count = len(self.before)
         masks = b"".join(mask.to_bytes((count + 7) // 8, "little") for mask in self.before)
         rows = np.frombuffer(masks, dtype=np.uint8).reshape(count, -1)
-        return np.unpackbits(rows, axis=1, count=count, bitorder="little").T.astype(bool)
+        after = np.unpackbits(rows, axis=1, count=count, bitorder="little")
+        return np.ascontiguousarray(after.T, dtype=np.float32)
+
+
+def _serialised(
+    order: NDArray[np.float32], work: NDArray[np.float32], cuts: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """For each cut, given as the members before it, the work that could have overlapped and no longer can:
+    that of the side where it is less; inf where a side is empty."""
+    first = cuts.astype(np.float32)
+    last = 1 - first
+    # who of the first comes before all of the last anyway, and the other way round
+    ahead = last @ order.T == last.sum(1, keepdims=True)
+    behind = first @ order == first.sum(1, keepdims=True)
+    lost = np.minimum((first * ~ahead) @ work, (last * ~behind) @ work)
+    lost[cuts.all(1) | ~cuts.any(1)] = np.inf
+    return np.asarray(lost)

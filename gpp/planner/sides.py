@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .fewest import Fewest
 
 INF = 1 << 20
+CHUNK = 1 << 18  # numbers of a temporary array: it stays in the cache
 Table = NDArray[np.int32]
 
 
@@ -108,14 +109,16 @@ class Ahead(_Side):
         following = self.rows[n - 1]
         later = self.rows[:n, :, fewest.below]
         leaving = []
+        stops = self.places[:n] + chain.start
         for branch in block.branches:
             behind = fewest.behind(branch)
             starts = behind.places[: behind.count - 1] + branch.start
-            stops = self.places[:n] + chain.start
             best = np.full((*following.shape, following.shape[1]), INF, dtype=np.int32)
-            for row, start in enumerate(starts):
-                stage = (fewest.degrees[start, stops][:, None, :] + later).min(0)
-                best = np.minimum(best, stage[:, :, None] + behind.rows[row][None])
+            for part in _parts(len(starts), max(n, best.shape[1]) * later[0].size):
+                degrees = fewest.degrees[starts[part, None], stops]
+                stage = (degrees[:, :, None, :] + later).min(1)
+                whole = stage[:, :, :, None] + behind.rows[: len(starts)][part, None]
+                best = np.minimum(best, whole.min(0))
             leaving.append(np.minimum(best, INF))
         rest = np.stack(
             [groups.best[j, len(branches)] + following[:, :, None] for j in (*branches, len(branches))]
@@ -127,11 +130,12 @@ class Ahead(_Side):
         for q in reversed(branches):
             branch = block.branches[q]
             ahead = fewest.ahead(branch)
-            for row in range(ahead.count - 1):
-                place = int(ahead.places[row]) + branch.start
-                if place < block.stop:
-                    table = (ahead.rows[row][None] + self.rest[i][q + 1]).min(1)
-                    self.add(place - chain.start, table, _Inner(i, q, row))
+            inner = [r for r in range(ahead.count - 1) if ahead.places[r] + branch.start < block.stop]
+            for part in _parts(len(inner), self.rest[i][q + 1].size):
+                rows = inner[part]
+                tables = (ahead.rows[rows][:, None] + self.rest[i][q + 1]).min(2)
+                for row, table in zip(rows, tables, strict=True):
+                    self.add(int(ahead.places[row]) + branch.start - chain.start, table, _Inner(i, q, row))
 
     def trace(self, chain: Chain, row: int, x: int, y: int) -> Iterator[Found]:
         """The stages behind rows[row][x, y]."""
@@ -220,11 +224,11 @@ class Behind(_Side):
         for branch in block.branches:
             ahead = fewest.ahead(branch)
             best = np.full((fewest.top + 1,) * 3, INF, dtype=np.int32)
-            for row in range(ahead.count - 1):
-                place = int(ahead.places[row]) + branch.start
-                if place < block.stop:
-                    stage = self._stages(chain, place, n)
-                    best = np.minimum(best, ahead.rows[row][:, :, None] + stage[None])
+            inner = [r for r in range(ahead.count - 1) if ahead.places[r] + branch.start < block.stop]
+            for part in _parts(len(inner), best.size):
+                rows = inner[part]
+                stages = np.stack([self._stages(chain, int(ahead.places[r]) + branch.start, n) for r in rows])
+                best = np.minimum(best, (ahead.rows[rows][:, :, :, None] + stages[:, None]).min(0))
             entering.append(np.minimum(best, INF))
         rest = np.stack([groups.best[0, q][:, :, None] + self.rows[n - 1][None] for q in range(count + 1)])
         for q in range(count + 1):
@@ -233,11 +237,12 @@ class Behind(_Side):
         self.rest[i], self.entering[i] = np.minimum(rest, INF), entering
         for q, branch in enumerate(block.branches):
             behind = fewest.behind(branch)
-            for row in range(behind.count - 1):
-                place = int(behind.places[row]) + branch.start
-                if place > block.start:
-                    table = (behind.rows[row][:, :, None] + self.rest[i][q]).min(1)
-                    self.add(place - chain.start, table, _Inner(i, q, row))
+            inner = [r for r in range(behind.count - 1) if behind.places[r] + branch.start > block.start]
+            for part in _parts(len(inner), self.rest[i][q].size):
+                rows = inner[part]
+                tables = (behind.rows[rows][:, :, :, None] + self.rest[i][q]).min(2)
+                for row, table in zip(rows, tables, strict=True):
+                    self.add(int(behind.places[row]) + branch.start - chain.start, table, _Inner(i, q, row))
 
     def trace(self, chain: Chain, row: int, x: int, y: int) -> Iterator[Found]:
         """The stages behind rows[row][x, y]."""
@@ -289,6 +294,13 @@ class Behind(_Side):
         best = int(np.argmin(values))
         yield from ahead.trace(branch, inner[best], x, level)
         yield from self._trace_stage(chain, stops[best], before + 1, level, y)
+
+
+def _parts(count: int, each: int) -> Iterator[slice]:
+    """All of `count` rows, as many at once as make arrays of CHUNK numbers, at `each` a row."""
+    step = max(1, CHUNK // max(each, 1))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 def _block_of(chain: Chain, i: int) -> Block:

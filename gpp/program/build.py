@@ -153,6 +153,30 @@ def build_stage(
     )
 
 
+@dataclass(frozen=True)
+class Alone:
+    """Some operators as a stage of their own, to be measured: what they read and give, their functions at one
+    size, and empty tensors in the places of parameters, buffers, inputs, batch keys and position."""
+
+    face: Interface
+    functions: TrainFunctions
+    examples: tuple[Tensor, ...]
+
+
+def alone(
+    traced: TracedModel,
+    operators: Sequence[str],
+    size: int,
+    roots: Roots,
+    device: torch.device,
+    hooks: Hooks | None = None,
+) -> Alone:
+    """The training functions that a stage of these operators would execute for calls of `size` samples."""
+    face = interface(traced.train, operators)
+    build = _Builder(traced, tuple(operators), face.parameters, face.buffers, roots, device, hooks or Hooks())
+    return Alone(face, build.train(face, size), tuple(build.examples(traced.train, face, size)))
+
+
 def _check_learned_here(
     traced: TracedModel, plan: Plan, index: int, train_face: Interface, evaluation_face: Interface
 ) -> None:

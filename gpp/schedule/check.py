@@ -16,10 +16,10 @@ from gpp.schedule.task import Channel, Receive, Reduce, Schedule, ScheduleError,
 def check(plan: Plan, schedule: Schedule) -> None:
     """Raise ScheduleError unless every rank of the plan can run the schedule and gets what a step is.
 
-    Each replica computes its pieces once forward and, in training, once backward in the same order; whatever
-    a pass reads was received before and whatever it makes is sent once; the two ends of every channel agree
-    message by message; samples in flight and memory stay within the plan's bounds; the step ends with the
-    plan's reductions and updates; and with the stated number of buffers no rank waits for ever.
+    Each replica of a stage computes its pieces once forward and, in training, once backward in the same
+    order; whatever a pass reads was received before and whatever it makes is sent once; the two ends of every
+    channel agree message by message; samples in flight and memory stay within the plan's bounds; the step
+    ends with the plan's reductions and updates; and with the stated number of buffers no rank waits for ever.
     """
     try:
         check_plan(plan)
@@ -30,15 +30,11 @@ def check(plan: Plan, schedule: Schedule) -> None:
             f"a schedule needs a program for each of the {len(plan.topology.devices)} devices, it has "
             f"{len(schedule.programs)}"
         )
-    stages = {d: s for s, stage in enumerate(plan.stage_graph.stages) for d in stage.devices}
     channels = _channels(schedule)
-    for rank, program in enumerate(schedule.programs):
-        if rank in stages:
-            RankWalk(plan, schedule, channels, rank, stages[rank]).check()
-        elif program:
-            raise refusal(schedule, [0] * len(schedule.programs), rank, "no stage is on this rank")
+    for rank in range(len(schedule.programs)):
+        RankWalk(plan, schedule, channels, rank).check()
     _check_ends(schedule)
-    _check_buffers(plan, schedule, stages)
+    _check_buffers(plan, schedule)
     run_to_end(schedule)
 
 
@@ -106,19 +102,19 @@ def _check_ends(schedule: Schedule) -> None:
                 )
 
 
-def _check_buffers(plan: Plan, schedule: Schedule, stages: dict[int, int]) -> None:
+def _check_buffers(plan: Plan, schedule: Schedule) -> None:
     """The rings of buffers that the channels really have fit beside everything else on the device.
 
-    With one micro-batch size they are what `stage_memory` charges for messages; where small micro-batches
-    meet the replicas of a coarser stage, the peaks of the channels can add up to more.
+    With one micro-batch size they are at most what `stage_memory` charges for messages; where small
+    micro-batches meet the replicas of a coarser stage, the peaks of the channels can add up to more.
     """
     rings: dict[int, int] = defaultdict(int)
     for channel in schedule.channels:
         for rank in (channel.source, channel.target):
             rings[rank] += channel.slots * channel.bytes
-    for rank, index in stages.items():
-        memory = stage_memory(plan.stage_graph, index)
-        need = memory.total - memory.messages + rings[rank]
+    for rank, held in plan.residents.items():
+        memory = [stage_memory(plan.stage_graph, s) for s in held]
+        need = sum(stage.total - stage.messages for stage in memory) + rings[rank]
         have = plan.topology.devices[rank].memory
         if need > have * (1 + 1e-9):
             raise ScheduleError(

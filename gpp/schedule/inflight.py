@@ -52,8 +52,12 @@ def in_flight(
                     f"stage {u} has the successor {d}: stages must be numbered in topological order, "
                     f"0 to {count - 1}"
                 )
-            ahead = max(k[u] * b, micro_batches[d]) + max(0, b - k[d] * micro_batches[d])
-            need = max(need, held[d] + ahead)
+            need = max(need, held[d] + lead(b, k[u], micro_batches[d], k[d]))
         extra = policy.extra_warm_up * b if successors[u] else 0
         held[u] = min(-(-need // b) * b + extra, mini_batch)
     return tuple(held)
+
+
+def lead(b: int, k: int, b_below: int, k_below: int) -> int:
+    """Samples that a stage needs in flight beyond those of a successor, before rounding up."""
+    return max(k * b, b_below) + max(0, b - k_below * b_below)

@@ -6,13 +6,15 @@ piece; re-chunking between different micro-batches and splitting between differe
 this and nothing else.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from gpp.plan import Edge, Plan, StageGraph
-from gpp.schedule.order import forward_only as forward_only_order
-from gpp.schedule.order import micro_batches, order, piece, round_trips
+from gpp.schedule.order import forward_orders, round_trips, sharing, without_imagined
+from gpp.schedule.pieces import micro_batches, piece
+from gpp.schedule.slots import activation_slots, gradient_slots, walk
 from gpp.schedule.task import (
+    INPUT_HALF,
     Channel,
     Compute,
     Direction,
@@ -33,17 +35,18 @@ from gpp.schedule.task import (
 
 SCALAR_BYTES = 8  # loss weight and norm are float64
 
-# where a message is sent or used: a rank's pass of one direction over one piece
-_Place = tuple[int, Direction, Samples]
+# where a message is sent or used: a stage's pass of one direction over one piece on a rank
+_Place = tuple[int, int, Direction, Samples]
 
 
 def lower(plan: Plan, *, forward_only: bool = False, samples: int | None = None) -> Schedule:
     """One training step, or with `forward_only` one evaluation of `samples` samples (at most a mini-batch).
 
     A rank's program: for each task the Receives that it needs first, the Compute, the Sends of what it made,
-    by edge and then by samples; after its last pass what `closing` says. A replica that gets none of a ragged
-    evaluation has an empty program. Raises ScheduleError for a number of samples that cannot be, and for a
-    stage that may hold less than a micro-batch.
+    by edge and then by samples; after its last pass what `closing` says. Gradients are received before and
+    leave after the input half. Stages on one rank send to each other too, over channels that take no time. A
+    replica that gets none of a ragged evaluation has an empty program. Raises ScheduleError for a number of
+    samples that cannot be, and for orders that cannot be (`gpp.schedule.order.orders`).
     """
     count = plan.mini_batch if samples is None else samples
     if not 1 <= count <= plan.mini_batch or (count != plan.mini_batch and not forward_only):
@@ -56,27 +59,34 @@ def lower(plan: Plan, *, forward_only: bool = False, samples: int | None = None)
     sends: dict[_Place, list[Transfer]] = defaultdict(list)
     receives: dict[_Place, list[Transfer]] = defaultdict(list)
     for transfer, made, used in transfers:
-        sends[transfer.source, transfer.direction, made].append(transfer)
-        receives[transfer.target, transfer.direction, used].append(transfer)
+        edge, way = graph.edges[transfer.edge], transfer.direction
+        source, target = (edge.source, edge.target)[:: 1 if way is Direction.ACTIVATION else -1]
+        sends[source, transfer.source, way, made].append(transfer)
+        receives[target, transfer.target, way, used].append(transfer)
     programs: list[tuple[Instruction, ...]] = [()] * len(plan.topology.devices)
-    for index, stage in enumerate(graph.stages):
-        tasks = (
-            forward_only_order(index, stage, count)
-            if forward_only
-            else order(index, stage, plan.policy, count)
-        )
-        for replica, rank in enumerate(stage.devices):
+    trips = round_trips(plan)
+    ordered = forward_orders(plan, count) if forward_only else without_imagined(plan, trips)
+    for devices, tasks in ordered.items():
+        for rank in devices:
             program: list[Instruction] = []
             for task in tasks:
-                part = piece(stage, task.samples, replica)
-                if part is not None:
+                stage = graph.stages[task.stage]
+                part = piece(stage, task.samples, stage.devices.index(rank))
+                if part is None:
+                    continue
+                compute = Compute(Task(task.kind, task.stage, part))
+                if task.kind is Pass.FORWARD or task.kind in INPUT_HALF:
                     way = Direction.ACTIVATION if task.kind is Pass.FORWARD else Direction.GRADIENT
-                    program += [Receive(t) for t in receives[rank, way, part]]
-                    program.append(Compute(Task(task.kind, index, part)))
-                    program += [Send(t) for t in sends[rank, way, part]]
+                    place = (task.stage, rank, way, part)
+                    program += [Receive(t) for t in receives[place]]
+                    program.append(compute)
+                    program += [Send(t) for t in sends[place]]
+                else:
+                    program.append(compute)
+            held = sorted({i.task.stage for i in program if isinstance(i, Compute)})
             if program:
-                programs[rank] = (*program, *closing(plan, index, forward_only=forward_only))
-    channels = _channels(plan, [transfer for transfer, _, _ in transfers])
+                programs[rank] = (*program, *closing(plan, held, forward_only=forward_only))
+    channels = _channels(plan, trips, [transfer for transfer, _, _ in transfers])
     return Schedule(tuple(programs), channels, count, forward_only)
 
 
@@ -92,41 +102,42 @@ def tag(edge: int, direction: Direction) -> int:
     return 2 * edge + (direction is Direction.GRADIENT)
 
 
-def closing(plan: Plan, index: int, *, forward_only: bool = False) -> tuple[Instruction, ...]:
-    """What a rank of stage `index` does after its last pass.
+def closing(plan: Plan, held: Sequence[int], *, forward_only: bool = False) -> tuple[Instruction, ...]:
+    """What a rank with the stages `held` (ascending) does after its last pass.
 
     Its terms leave first, so that the loss arrives early. Then the reductions, in one order for all ranks
-    that meet in them, or they would wait for each other: gradients of replicas (each rank is in one such
-    group at most), tied parameters by index, then what all ranks take part in. Groups of one have nothing to
-    sum.
+    that meet in them, or they would wait for each other: gradients of replicas by stage (ranks that share one
+    of them share all), tied parameters by index, then what all ranks take part in. Groups of one have nothing
+    to sum: what several stages of one rank make of a tied parameter, the rank has summed itself.
     """
     graph = plan.stage_graph
-    stage = graph.stages[index]
-    report: tuple[Instruction, ...] = (Report(index),) if stage.terms else ()
+    reports = tuple(Report(s) for s in held if graph.stages[s].terms)
     if forward_only:
-        return report
+        return reports
     tail: list[Instruction] = []
     tied = [
         (number, item)
         for number, item in enumerate(graph.shared)
         if item.bytes > 0 and all(graph.stages[s].trainable_bytes > 0 for s in item.stages)
     ]
-    untied = stage.trainable_bytes - sum(item.bytes for _, item in tied if index in item.stages)
-    if len(stage.devices) > 1 and untied > 0:
-        tail.append(Reduce(Reduction.GRADIENTS, stage.devices, index, untied))
+    for s in held:
+        stage = graph.stages[s]
+        untied = stage.trainable_bytes - sum(item.bytes for _, item in tied if s in item.stages)
+        if len(stage.devices) > 1 and untied > 0:
+            tail.append(Reduce(Reduction.GRADIENTS, stage.devices, s, untied))
     for number, item in tied:
         # autograd sums the uses of one parameter from the last to the first
-        group = tuple(d for s in sorted(set(item.stages), reverse=True) for d in graph.stages[s].devices)
-        if index in item.stages and len(group) > 1:
+        ranks = [d for s in sorted(set(item.stages), reverse=True) for d in graph.stages[s].devices]
+        group = tuple(dict.fromkeys(ranks))
+        if len(group) > 1 and not set(held).isdisjoint(item.stages):
             tail.append(Reduce(Reduction.GRADIENTS, group, -1, item.bytes, shared=number))
-    everyone = tuple(sorted(d for s in graph.stages for d in s.devices))
+    everyone = tuple(plan.residents)
     if plan.loss_weighted and len(everyone) > 1:
         tail.append(Reduce(Reduction.LOSS_WEIGHT, everyone, -1, SCALAR_BYTES))
     if plan.global_norm and len(everyone) > 1:
         tail.append(Reduce(Reduction.NORM, everyone, -1, SCALAR_BYTES))
-    if stage.trainable_bytes > 0:
-        tail.append(Update(index))
-    return (*report, *tail)
+    updates = tuple(Update(s) for s in held if graph.stages[s].trainable_bytes > 0)
+    return (*reports, *tail, *updates)
 
 
 def _transfers(graph: StageGraph, count: int, forward_only: bool) -> list[tuple[Transfer, Samples, Samples]]:
@@ -168,30 +179,27 @@ def _meet(
     return met
 
 
-def _channels(plan: Plan, transfers: list[Transfer]) -> tuple[Channel, ...]:
-    """A channel per (edge, direction, source, target), with as many slots as never hold anything up.
-
-    A message and the gradient of the same samples both live between the upstream forward and the upstream
-    backward of these samples. So a channel never holds more messages than its upstream rank has forwarded and
-    not yet seen back, and the peak of that number over the upstream program is enough. Where no gradient
-    returns, and in evaluation, the backwards are imagined: they would only add waiting, so what suffices with
-    them suffices without.
-    """
+def _channels(
+    plan: Plan, trips: Mapping[tuple[int, ...], Sequence[Task]], transfers: list[Transfer]
+) -> tuple[Channel, ...]:
+    """A channel per (edge, direction, source, target), with as many slots as never hold anything up."""
     graph = plan.stage_graph
     groups: dict[tuple[int, Direction, int, int], list[Transfer]] = defaultdict(list)
     for t in transfers:
         groups[t.edge, t.direction, t.source, t.target].append(t)
-    walks: dict[int, list[tuple[Samples, int]]] = {}
-    for index, stage in enumerate(graph.stages):
-        tasks = round_trips(index, stage, plan.policy, plan.mini_batch)
-        walks[index] = [(task.samples, 1 if task.kind is Pass.FORWARD else -1) for task in tasks]
+    walks = {
+        s: walk(task for task in trips[devices] if task.stage == s)
+        for devices, held in sharing(plan).items()
+        for s in held
+    }
     channels = []
     for (number, way, source, target), messages in sorted(
         groups.items(), key=lambda item: (item[0][0], item[0][1] is Direction.GRADIENT, *item[0][2:])
     ):
-        upstream = graph.edges[number].source
-        b = graph.stages[upstream].micro_batch
-        per_micro_batch = Counter(t.samples.start // b * b for t in messages)
+        up, down = graph.edges[number].source, graph.edges[number].target
+        sizes = graph.stages[up].micro_batch, graph.stages[down].micro_batch
+        numbers = [(t.samples.start // sizes[0], t.samples.start // sizes[1]) for t in messages]
+        forward = way is Direction.ACTIVATION
         channels.append(
             Channel(
                 source=source,
@@ -199,17 +207,10 @@ def _channels(plan: Plan, transfers: list[Transfer]) -> tuple[Channel, ...]:
                 tag=tag(number, way),
                 edge=number,
                 direction=way,
-                slots=_peak(walks[upstream], per_micro_batch),
+                slots=activation_slots(walks[up], walks[down], numbers)
+                if forward
+                else gradient_slots(walks[up], numbers),
                 bytes=max(t.bytes for t in messages),
             )
         )
     return tuple(channels)
-
-
-def _peak(walk: list[tuple[Samples, int]], messages: Mapping[int, int]) -> int:
-    """The most messages forwarded and not yet seen back; `messages` counts them by micro-batch start."""
-    held = peak = 0
-    for samples, sign in walk:
-        held += sign * messages.get(samples.start, 0)
-        peak = max(peak, held)
-    return peak

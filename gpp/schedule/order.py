@@ -1,65 +1,92 @@
-"""In which order a stage works on its micro-batches: a bound on samples in flight and who goes first.
+"""In which order devices work on micro-batches: within the samples that each stage may hold, who goes first.
 
-Whole micro-batches here; `gpp.schedule.lower` gives each replica its piece. Forwards and backwards of
-micro-batches both run first in, first out in every policy: other orders would sum gradients to other bits.
+Whole micro-batches here; `gpp.schedule.lower` gives each replica its piece. Forwards, input halves and weight
+halves of a stage's micro-batches each run first in, first out in every policy: other orders would sum
+gradients to other bits.
 """
 
-from gpp.plan import Policy, Stage
-from gpp.schedule.task import Pass, Samples, ScheduleError, Task
+from collections.abc import Mapping
+
+from gpp.plan import Plan
+from gpp.schedule.greedy import greedy_orders
+from gpp.schedule.pieces import micro_batches
+from gpp.schedule.static import static_order
+from gpp.schedule.task import Pass, Samples, Task
+
+Devices = tuple[int, ...]
 
 
-def micro_batches(stage: Stage, samples: int) -> tuple[Samples, ...]:
-    """The samples [0, samples) in micro-batches of the stage; the last one may be ragged."""
-    b = stage.micro_batch
-    return tuple(Samples(start, min(start + b, samples)) for start in range(0, samples, b))
+def orders(plan: Plan) -> Mapping[Devices, tuple[Task, ...]]:
+    """The tasks of one training step, in order, of every set of devices that stages share.
 
+    Keys are ascending device numbers, in the order of the first stage on them; every stage is on exactly one
+    key, and all devices of a key follow the same list (each with its replica's piece). A task names its stage
+    and the samples of a whole micro-batch. Stages without a backward have only forwards.
 
-def piece(stage: Stage, micro_batch: Samples, replica: int) -> Samples | None:
-    """What the replica (its position in `stage.devices`) computes of a micro-batch of [0, micro_batch.stop).
-
-    Every replica takes an equal contiguous share; of a ragged micro-batch the first replicas take whole
-    shares until no samples are left, so a stage meets at most one size besides its usual one. None: nothing
-    is left.
+    A device with one stage follows the plan's policy: `gpp.schedule.static.static_order`, or for "greedy" the
+    clock of `gpp.schedule.greedy`. A device with several stages always takes its order from that clock, on
+    which all others follow theirs. The same plan gives the same orders everywhere: no search, no random
+    numbers, only the plan's own numbers. Raises ScheduleError where a stage may hold less than a micro-batch
+    or the clock stands still.
     """
-    share = stage.micro_batch // len(stage.devices)
-    start = micro_batch.start + replica * share
-    stop = min(start + share, micro_batch.stop)
-    return Samples(start, stop) if start < stop else None
+    return without_imagined(plan, round_trips(plan))
 
 
-def warm_up(stage: Stage) -> int:
-    """Forwards before the first backward. Raises ScheduleError if not even one may be in flight."""
-    if stage.in_flight < stage.micro_batch:
-        raise ScheduleError(
-            f"stage {stage.name} may hold {stage.in_flight} samples in flight, less than its micro-batch "
-            f"{stage.micro_batch}; nothing could ever run"
-        )
-    return stage.in_flight // stage.micro_batch
+def without_imagined(
+    plan: Plan, trips: Mapping[Devices, tuple[Task, ...]]
+) -> Mapping[Devices, tuple[Task, ...]]:
+    """`round_trips` without the backwards of stages that have none."""
+    stages = plan.stage_graph.stages
+    return {
+        devices: tuple(t for t in tasks if t.kind is Pass.FORWARD or stages[t.stage].has_backward)
+        for devices, tasks in trips.items()
+    }
 
 
-def round_trips(index: int, stage: Stage, policy: Policy, mini_batch: int) -> tuple[Task, ...]:
-    """Forwards and backwards of one step, as if the stage had a backward whether or not it has one.
+def round_trips(plan: Plan) -> Mapping[Devices, tuple[Task, ...]]:
+    """`orders` as if every stage had a backward: what bounds the messages on their way."""
+    found = sharing(plan)
+    if plan.policy.name == "greedy" or any(len(stages) > 1 for stages in found.values()):
+        return greedy_orders(plan, found)
+    graph = plan.stage_graph
+    return {
+        devices: static_order(index, graph.stages[index], plan.policy, plan.mini_batch)
+        for devices, (index,) in found.items()
+    }
 
-    kFkB (GraphPipe §6; 1F1B is k = 1): as many forwards as may be in flight, then k backwards and k forwards
-    in turn, then the backwards that are left. "gpipe": all forwards, then all backwards.
+
+def sharing(plan: Plan) -> Mapping[Devices, tuple[int, ...]]:
+    """Every set of devices to the stages that share it."""
+    found: dict[Devices, tuple[int, ...]] = {}
+    for index, stage in enumerate(plan.stage_graph.stages):
+        devices = tuple(sorted(stage.devices))
+        found[devices] = (*found.get(devices, ()), index)
+    return found
+
+
+def forward_orders(plan: Plan, samples: int) -> Mapping[Devices, tuple[Task, ...]]:
+    """The tasks of an evaluation of `samples` samples, keys as in `orders`.
+
+    Sorted by the first so many samples that a task needs of the whole graph, then by stage: one order of all
+    tasks in which each comes after what it needs, so devices that follow it cannot wait in a circle.
     """
-    parts = micro_batches(stage, mini_batch)
-    ahead = min(warm_up(stage) if policy.name == "1f1b" else len(parts), len(parts))
-    burst = min(stage.k, ahead)
-    tasks = [Task(Pass.FORWARD, index, part) for part in parts[:ahead]]
-    for done in range(0, len(parts), burst):
-        tasks += [Task(Pass.BACKWARD, index, part) for part in parts[done : done + burst]]
-        tasks += [Task(Pass.FORWARD, index, part) for part in parts[ahead + done : ahead + done + burst]]
-    return tuple(tasks)
+    graph = plan.stage_graph
+    parts = [micro_batches(stage, samples) for stage in graph.stages]
+    needs: list[list[int]] = []
+    for index in range(len(graph.stages)):
+        found = []
+        for part in parts[index]:
+            before = [
+                needs[p][(part.stop - 1) // graph.stages[p].micro_batch] for p in graph.predecessors[index]
+            ]
+            found.append(max([part.stop, *before]))
+        needs.append(found)
 
+    def place(task: Task) -> tuple[int, int, Samples]:
+        at = task.samples.start // graph.stages[task.stage].micro_batch
+        return needs[task.stage][at], task.stage, task.samples
 
-def order(index: int, stage: Stage, policy: Policy, mini_batch: int) -> tuple[Task, ...]:
-    """The tasks of one training step of stage number `index`; only forwards where it has no backward."""
-    if not stage.has_backward:
-        return forward_only(index, stage, mini_batch)
-    return round_trips(index, stage, policy, mini_batch)
-
-
-def forward_only(index: int, stage: Stage, samples: int) -> tuple[Task, ...]:
-    """The tasks of an evaluation of `samples` samples."""
-    return tuple(Task(Pass.FORWARD, index, part) for part in micro_batches(stage, samples))
+    return {
+        devices: tuple(sorted((Task(Pass.FORWARD, s, p) for s in held for p in parts[s]), key=place))
+        for devices, held in sharing(plan).items()
+    }

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from gpp.schedule.grid import refusal
 from gpp.schedule.task import (
+    INPUT_HALF,
+    WEIGHT_HALF,
     Channel,
     Compute,
     Direction,
@@ -29,9 +31,6 @@ from gpp.schedule.task import (
     Transfer,
     Update,
 )
-
-INPUT_HALF = (Pass.BACKWARD, Pass.BACKWARD_INPUT)
-WEIGHT_HALF = (Pass.BACKWARD, Pass.BACKWARD_WEIGHT)
 
 
 @dataclass(slots=True)

@@ -42,6 +42,8 @@ def test_costs_of_a_linear_layer() -> None:
     assert a.forward.bytes_per_call == 4 * (6 * 8 + 8)
     assert a.backward_input.flops == relu  # x is of the batch: nothing flows back to it
     assert a.backward_weight.flops == 2 * 6 * 8
+    written, summed = 4 * (6 * 8 + 8), 3 * 4 * (6 * 8 + 8)
+    assert a.backward_weight.bytes_per_call == written + summed
     assert a.stash == 4 * (6 + 8) or a.stash == 4 * 8  # relu keeps its result, the layer its input
     assert d.backward_input.flops >= 2 * 8 * 5 and d.backward_weight.flops == 2 * 8 * 5
     assert [(p.name, p.bytes, p.trainable) for p in a.parameters] == [
@@ -120,3 +122,33 @@ def test_what_cannot_be_cut_inside_is_counted() -> None:
     assert [op.name for op in found.graph.operators] == ["a", "encoder.layers", "d"]
     assert found.merged == {"encoder.layers": 10}
     assert towers().merged == {}
+
+
+class Lookup(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.bag = nn.Embedding(1000, 4) if mode == "none" else nn.EmbeddingBag(1000, 4, mode=mode)
+        self.d = nn.Linear(4, 5)
+
+    def forward(self, rows: Tensor, y: Tensor) -> Tensor:
+        bag = self.bag(rows)
+        return F.cross_entropy(self.d(bag.sum(1) if bag.dim() == 3 else bag), y)
+
+
+@pytest.mark.parametrize("mode", ["none", "sum", "mean"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_costs_of_a_lookup(mode: str, device: str) -> None:
+    """Forward reads the rows it needs; the gradient is dense: zeros of the table, and added to the sum."""
+    with torch.device(device):
+        model = Lookup(mode)
+        batch = {k: torch.zeros(4, *s, dtype=torch.int64) for k, s in {"rows": (7,), "y": ()}.items()}
+    bag = capture(model, batch).graph.operators[0]
+    rows, indices, table = 7 * 4 * 4, 7 * 8, 1000 * 4 * 4
+    assert bag.forward.bytes_per_call == 0
+    assert rows + indices <= bag.forward.bytes < 6 * (rows + indices)
+    assert 7 * 4 <= bag.forward.flops <= 3 * 7 * 4
+    assert bag.backward_weight.bytes_per_call == 4 * table
+    assert 2 * rows + indices <= bag.backward_weight.bytes <= 4 * rows + 3 * indices
+    assert bag.backward_input.bytes_per_call == 0
+    assert indices <= bag.weight_stash <= indices + rows
+    assert indices <= bag.stash < 3 * indices  # no row is kept: only which they were

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.capture import capture
+from launch.compare import compare
 from launch.plan import plan
 from launch.simulate import simulate
 from launch.start import launch
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "plan": (plan, "plan"),
     "capture": (capture, "capture"),
     "simulate": (simulate, "simulate"),
+    "compare": (compare, "compare"),
 }
 
 

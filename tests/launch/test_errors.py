@@ -98,7 +98,7 @@ CASES = {
         *REPLAY, "train.micro_batch=1", says=("train.micro_batch is 1: leave it at auto",)
     ),
     "another schedule": mine(
-        *REPLAY, "schedule=gpipe", says=("schedule 1f1b, the command line asks for gpipe",)
+        *REPLAY, "schedule=gpipe", says=("the command line asks for gpipe: leave schedule away",)
     ),
     "truncated plan": mine(*REPLAY, "plan=short.json", says=("short.json: not a plan: malformed JSON",)),
     "no plan at all": mine(*REPLAY, "plan=planned/graph.json", says=('must be "gpp.plan/1"',)),
@@ -152,7 +152,7 @@ def test_refused(name: str, results: Callable[[str], Result]) -> None:
 def test_refused_in_training(name: str, results: Callable[[str], Result]) -> None:
     message = results(name).refused()
     assert all(part in message for part in LATE[name].says)
-    assert "planner graphpipe" in results(name).out
+    assert "planner gpp" in results(name).out
 
 
 def test_cuda_without_a_gpu(results: Callable[[str], Result]) -> None:

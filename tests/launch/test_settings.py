@@ -33,8 +33,6 @@ def test_the_default_configuration_is_valid() -> None:
     assert (found.clip_norm, found.held_out, found.verify) == (None, 0.1, True)
     assert settings.policy(config).name == "1f1b"
     assert settings.costs(config).update_traffic == 7.0
-    assert settings.max_replicas(config) == 1
-    assert settings.max_replicas(configuration(planner__max_replicas=None)) is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,7 @@ def test_train_settings_say_key_rule_and_value(key: str, value: Any, message: st
     [
         ("train__stepz", "there is no key train.stepz; train has steps, mini_batch"),
         ("cluster__inside__speed", "no key cluster.inside.speed; cluster.inside has latency, bandwidth"),
-        ("planner__depth", "no key planner.depth"),
+        ("schedule__depth", "no key schedule.depth"),
     ],
 )
 def test_a_key_that_nothing_reads(key: str, message: str) -> None:
@@ -78,7 +76,7 @@ def test_models_data_and_optimizers_may_have_any_key() -> None:
     check_keys(configuration(model__depth=3, data__path="x", optimizer__fused=True, width=64))
 
 
-@pytest.mark.parametrize("key", ["planner__name", "kernels__name", "transport__name", "device"])
+@pytest.mark.parametrize("key", ["kernels__name", "transport__name", "device"])
 def test_choices(key: str) -> None:
     with pytest.raises(SettingsError, match=f"{key.replace('__', '.')} must be one of .*, it is 'other'"):
         check_choices(configuration(**{key: "other"}))

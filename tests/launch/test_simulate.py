@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "heavy: []" in done.stdout
-    assert "planner graphpipe: 3 stages" in done.stdout
+    assert "planner gpp: " in done.stdout
     return made
 
 

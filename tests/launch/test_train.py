@@ -115,7 +115,7 @@ def stages(folder: Path) -> list[Any]:
 
 def test_the_default_experiment(folder: Path, done: dict[str, Result]) -> None:
     out = done["small"].passed()
-    assert "planner graphpipe" in out and "share of time" in out
+    assert "planner gpp" in out and "share of time" in out
     assert "predicted" in out and "measured" in out
     assert "held out (24 samples)" in out and "the most frequent label alone would be right for" in out
     result = check_folder(folder / "small", 3, {"accuracy"})
@@ -242,7 +242,7 @@ class TestUnderMpi:
         job = run_command("launch.mpirun", *start, cwd=folder)
         assert job.returncode == 0, job.stdout + job.stderr
         assert "-m launch.train model._target_=my_package.MyNet" in job.stdout.splitlines()[0]
-        assert job.stdout.count("planner graphpipe") == 1
+        assert job.stdout.count("planner gpp") == 1
         runs = list((folder / "outputs").glob("*/*"))
         assert len(runs) == 1, "one output folder however many ranks"
         check_folder(runs[0], 2, {"mae"}, steps=2)

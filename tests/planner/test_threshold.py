@@ -112,7 +112,7 @@ def test_the_first_threshold_may_be_too_low():
     memory = 4.1e6
     found = search.answer(memory)
     times = sorted({float(t) for t in table.seconds[1][np.isfinite(table.seconds[1])]})
-    answers = [search._solve(t, search._fits(memory)) for t in times]
+    answers = [search._solve(t, search._fits(memory), search.top) for t in times]
     feasible = [t for t, answer in zip(times, answers, strict=True) if answer is not None]
     assert found.seconds == feasible[0]
     assert feasible == times[times.index(feasible[0]) :]

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpp.plan import Plan, stage_memory
+from gpp.plan import Plan, Policy, stage_memory
 from gpp.schedule.check import check, run_to_end
+from gpp.schedule.grid import cell
 from gpp.schedule.lower import lower
 from gpp.schedule.task import (
     Compute,
@@ -329,22 +330,113 @@ def test_a_recompute_comes_once_between_forward_and_backward():
         check(PLAN, recompute(0))
 
 
+# stages 0 and 2 on the two devices of the first, in turned order; their halves apart
+SHARED = make_plan(
+    chain(3),
+    [4, 2, 2],
+    8,
+    replicas=[2, 1, 2],
+    slots=[0, 1, 0],
+    policy=Policy("zero-bubble"),
+    lags=[1, 1, 1],
+    global_norm=True,
+)
+TOGETHER = lower(SHARED)
+
+
+def reordered(rank: int, first: int, second: int) -> Schedule:
+    """Two instructions of a rank, by position, in each other's place."""
+
+    def change(program: list[Instruction]) -> None:
+        program[first], program[second] = program[second], program[first]
+
+    return edit(rank, change, TOGETHER)
+
+
+def position(rank: int, text: str) -> int:
+    return [cell(i) for i in TOGETHER.programs[rank]].index(text)
+
+
+def test_stages_on_one_rank_are_accepted_and_each_keeps_its_rules():
+    check(SHARED, TOGETHER)
+    first = Compute(Task(Pass.FORWARD, 2, Samples(0, 1)))
+    at = TOGETHER.programs[0].index(first)
+    for broken, reason in (
+        (edit(0, lambda p: p.pop(at), TOGETHER), "comes before the forward"),
+        (edit(0, lambda p: p.insert(at, first), TOGETHER), "are computed twice"),
+        (
+            edit(0, lambda p: p.insert(at, Compute(Task(Pass.FORWARD, 1, Samples(0, 2)))), TOGETHER),
+            "this rank computes stage 0 and 2, not 1",
+        ),
+        (edit(0, lambda p: p.pop(), TOGETHER), "the step must end with"),
+        (
+            edit(0, lambda p: p.append(p.pop(-2)), TOGETHER),
+            "must end with update here, not with Update|stage=0",
+        ),
+    ):
+        with pytest.raises(ScheduleError, match=reason):
+            check(SHARED, broken)
+
+
+def test_what_came_for_one_stage_is_used_before_another_stage_computes():
+    program = TOGETHER.programs[0]
+    receive = next(
+        i
+        for i, x in enumerate(program)
+        if isinstance(x, Receive) and isinstance(program[i - 1], Compute | Send) and i > 2
+    )
+    before = max(i for i in range(receive) if isinstance(program[i], Compute))
+    early = edit(0, lambda p: p.insert(before, p.pop(receive)), TOGETHER)
+    with pytest.raises(ScheduleError, match="must be used by the next pass|needed, received are"):
+        check(SHARED, early)
+
+
+def test_a_stage_that_recomputes_holds_no_more_halves_than_its_lag():
+    plan = make_plan([], [1], 4, policy=Policy("zero-bubble"), lags=[1], held=[3], recompute=[0])
+    schedule = lower(plan)
+    check(plan, schedule)
+    late = edit(0, lambda p: p.insert(find(p, Compute, 6), p.pop(find(p, Compute, 4))), schedule)
+    assert [cell(i)[0] for i in late.programs[0]][:7] == list("FFIFIIW")
+    with pytest.raises(ScheduleError, match="3 samples wait for their weight half.*may hold 2"):
+        check(plan, late)
+
+
+def test_messages_of_an_order_are_empty_both_ways():
+    plan = make_plan([(0, 2), (0, 1), (1, 2)], [2, 2, 2], 4, orders=[(0, 1)])
+    schedule = lower(plan)
+    check(plan, schedule)
+    empty = [c for c in schedule.channels if c.edge == 0]
+    assert [(c.direction, c.bytes) for c in empty] == [(A, 0), (G, 0)]
+
+
 @settings(max_examples=150, deadline=None)
-@given(plans(), st.data())
+@given(plans(uniform=True, scheduled=True))
+def test_buffers_are_no_more_than_the_memory_model_charges(plan: Plan):
+    greedy = plan.policy.name == "greedy"
+    rings = [0.0] * len(plan.topology.devices)
+    for channel in lower(plan).channels:
+        for rank in (channel.source, channel.target):
+            rings[rank] += channel.slots * channel.bytes
+    for rank, held in plan.residents.items():
+        assert rings[rank] <= sum(stage_memory(plan.stage_graph, s, greedy=greedy).messages for s in held)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans(scheduled=True), st.data())
 def test_the_checker_accepts_what_the_scheduler_makes(plan: Plan, data: st.DataObject):
     check(plan, lower(plan))
     check(plan, lower(plan, forward_only=True, samples=data.draw(st.integers(1, plan.mini_batch))))
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(sizes=(2, 3, 4, 6)))
+@given(plans(sizes=(2, 3, 4, 6), scheduled=True))
 def test_micro_batches_that_are_no_multiples_of_each_other(plan: Plan):
     check(plan, lower(plan))
     check(plan, lower(plan, forward_only=True))
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(), st.data())
+@given(plans(scheduled=True), st.data())
 def test_dropping_or_repeating_any_one_instruction_is_refused(plan: Plan, data: st.DataObject):
     schedule = lower(plan)
     places = [(r, i) for r, program in enumerate(schedule.programs) for i in range(len(program))]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gpp.plan import Plan, Policy
 from gpp.schedule.grid import cell
 from gpp.schedule.lower import closing, lower, returns_gradient
-from gpp.schedule.order import micro_batches, piece
+from gpp.schedule.pieces import micro_batches, piece
 from gpp.schedule.task import (
     Compute,
     Direction,
@@ -137,14 +137,14 @@ class TestClosing:
 
     def test_order_groups_and_bytes(self):
         everyone = (0, 1, 2, 3, 4, 5)
-        assert closing(self.plan, 0) == (
+        assert closing(self.plan, (0,)) == (
             Reduce(Reduction.GRADIENTS, (0, 1), 0, 60),  # 100 bytes of which 40 are tied
             Reduce(Reduction.GRADIENTS, (5, 0, 1), -1, 40, shared=0),  # last stage first, as autograd sums
             Reduce(Reduction.LOSS_WEIGHT, everyone, -1, 8),
             Reduce(Reduction.NORM, everyone, -1, 8),
             Update(0),
         )
-        assert closing(self.plan, 3) == (
+        assert closing(self.plan, (3,)) == (
             Report(3),
             Reduce(Reduction.GRADIENTS, (5, 0, 1), -1, 40, shared=0),
             Reduce(Reduction.GRADIENTS, (5, 2), -1, 40, shared=1),
@@ -154,20 +154,20 @@ class TestClosing:
         )
 
     def test_a_frozen_stage_still_joins_what_all_join(self):
-        kinds = [type(i).__name__ + ":" + i.what.value for i in closing(self.plan, 2)]
+        kinds = [type(i).__name__ + ":" + i.what.value for i in closing(self.plan, (2,))]
         assert kinds == ["Reduce:loss weight", "Reduce:norm"]
 
     def test_evaluation_only_reports(self):
-        assert closing(self.plan, 3, forward_only=True) == (Report(3),)
-        assert closing(self.plan, 0, forward_only=True) == ()
+        assert closing(self.plan, (3,), forward_only=True) == (Report(3),)
+        assert closing(self.plan, (0,), forward_only=True) == ()
 
     def test_one_rank_has_nobody_to_reduce_with(self):
         alone = make_plan([], [2], 4, shared=[(0,)], loss_weighted=True, global_norm=True)
-        assert closing(alone, 0) == (Report(0), Update(0))
+        assert closing(alone, (0,)) == (Report(0), Update(0))
 
     def test_tied_parameters_that_nobody_trains_are_not_summed(self):
         frozen = make_plan(chain(2), [2, 2], 4, frozen=[0, 1], shared=[(0, 1)])
-        assert closing(frozen, 0) == ()
+        assert closing(frozen, (0,)) == ()
 
 
 @settings(max_examples=60, deadline=None)

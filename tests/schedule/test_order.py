@@ -1,87 +1,100 @@
-import dataclasses
-
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpp.plan import Policy, Stage, StageSeconds
-from gpp.schedule.order import forward_only, micro_batches, order, piece, warm_up
-from gpp.schedule.task import Pass, Samples, ScheduleError
-
-SECONDS = StageSeconds(1.0, 1.0, 1.0)
-
-
-def stage(micro_batch=2, held=4, k=1, devices=(0,), has_backward=True) -> Stage:
-    return Stage("s", ("op",), devices, micro_batch, held, SECONDS, k=k, has_backward=has_backward)
+from gpp.plan import Plan, Policy
+from gpp.schedule.order import forward_orders, orders, round_trips, sharing
+from gpp.schedule.pieces import micro_batches
+from gpp.schedule.task import INPUT_HALF, WEIGHT_HALF, Pass, ScheduleError
+from tests.strategies import chain, make_plan, plans
 
 
 def text(tasks) -> str:
-    return " ".join(f"{task.kind.value}{task.samples.start}" for task in tasks)
+    return " ".join(f"{task.kind.value}{task.stage}.{task.samples.start}" for task in tasks)
 
 
-@pytest.mark.parametrize(
-    "held, k, policy, expected",
-    [
-        (2, 1, Policy(), "F0 B0 F2 B2 F4 B4 F6 B6"),
-        (4, 1, Policy(), "F0 F2 B0 F4 B2 F6 B4 B6"),
-        (6, 1, Policy(), "F0 F2 F4 B0 F6 B2 B4 B6"),
-        (99, 1, Policy(), "F0 F2 F4 F6 B0 B2 B4 B6"),
-        (4, 2, Policy(), "F0 F2 B0 B2 F4 F6 B4 B6"),
-        (6, 2, Policy(), "F0 F2 F4 B0 B2 F6 B4 B6"),
-        (2, 4, Policy(), "F0 B0 F2 B2 F4 B4 F6 B6"),
-        (2, 1, Policy("gpipe"), "F0 F2 F4 F6 B0 B2 B4 B6"),
-    ],
-)
-def test_orders(held, k, policy, expected):
-    tasks = order(3, stage(held=held, k=k), policy, 8)
-    assert text(tasks) == expected
-    assert {task.stage for task in tasks} == {3}
+def test_every_set_of_devices_has_its_list():
+    plan = make_plan([(0, 2), (1, 2)], [2, 2, 1], 4, replicas=[2, 1, 1])
+    assert {devices: text(tasks) for devices, tasks in orders(plan).items()} == {
+        (0, 1): "F0.0 F0.2 B0.0 B0.2",
+        (2,): "F1.0 F1.2 B1.0 B1.2",
+        (3,): "F2.0 B2.0 F2.1 B2.1 F2.2 B2.2 F2.3 B2.3",
+    }
 
 
 def test_a_stage_without_backward_only_goes_forward():
-    assert text(order(0, stage(has_backward=False), Policy(), 8)) == "F0 F2 F4 F6"
+    plan = make_plan(chain(2), [2, 2], 6, frozen=[0])
+    assert text(orders(plan)[0,]) == "F0.0 F0.2 F0.4"
+    assert text(round_trips(plan)[0,]) == "F0.0 F0.2 B0.0 F0.4 B0.2 B0.4"
 
 
-def test_evaluation_ends_with_a_ragged_micro_batch():
-    tasks = forward_only(0, stage(micro_batch=4), 10)
-    assert [task.samples for task in tasks] == [Samples(0, 4), Samples(4, 8), Samples(8, 10)]
-    assert {task.kind for task in tasks} == {Pass.FORWARD}
+def test_stages_on_the_same_devices_in_any_order_share_a_list():
+    plan = make_plan(chain(3), [2, 2, 2], 4, replicas=[2, 2, 2], slots=[0, 1, 0])
+    assert sharing(plan) == {(0, 1): (0, 2), (2, 3): (1,)}
+    assert text(orders(plan)[0, 1]) == "F0.0 F0.2 F2.0 B2.0 F2.2 B2.2 B0.0 B0.2"
 
 
-def test_replicas_take_equal_shares_and_the_first_ones_what_is_left():
-    s = stage(micro_batch=8, held=8, devices=(5, 6, 7, 9))
-    assert [piece(s, Samples(8, 16), j) for j in range(4)] == [Samples(a, a + 2) for a in (8, 10, 12, 14)]
-    assert [piece(s, Samples(8, 11), j) for j in range(4)] == [Samples(8, 10), Samples(10, 11), None, None]
+def test_shared_devices_take_backwards_first_and_then_the_oldest_samples():
+    # the join begins at 4 and its gradient is there at 7, when three of the second forwards are done
+    edges = [(0, 4), (1, 4), (2, 4), (3, 4)]
+    plan = make_plan(edges, [1] * 5, 3, slots=[0, 0, 0, 0, 4])
+    assert text(orders(plan)[0,]) == (
+        "F0.0 F1.0 F2.0 F3.0 F0.1 F1.1 F2.1 B0.0 B1.0 B2.0 B3.0 F3.1 F0.2 F1.2 F2.2 "
+        "B0.1 B1.1 B2.1 B3.1 F3.2 B0.2 B1.2 B2.2 B3.2"
+    )
 
 
-def test_less_than_a_micro_batch_in_flight_is_refused():
-    with pytest.raises(ScheduleError, match="may hold 4 samples in flight, less than its micro-batch 8"):
-        warm_up(stage(micro_batch=8, held=4))
+@pytest.mark.parametrize("policy", [Policy(), Policy("zero-bubble"), Policy("greedy")])
+def test_less_than_a_micro_batch_in_flight_is_refused(policy):
+    with pytest.raises(ScheduleError, match="stage1 may hold 2 samples in flight, less than its micro-batch"):
+        orders(make_plan(chain(2), [4, 4], 8, policy=policy, held=[4, 2]))
 
 
-@given(
-    st.integers(1, 4),
-    st.integers(1, 9),
-    st.integers(1, 9),
-    st.integers(1, 4),
-    st.sampled_from(["1f1b", "gpipe"]),
-)
-def test_each_micro_batch_once_each_way_first_in_first_out_within_the_bound(b, count, warm, k, policy):
-    s = stage(micro_batch=b, held=warm * b, k=k)
-    tasks = order(0, s, Policy(policy), count * b)
-    for kind in (Pass.FORWARD, Pass.BACKWARD):
-        assert tuple(t.samples for t in tasks if t.kind is kind) == micro_batches(s, count * b)
-    held = peak = 0
-    for task in tasks:
-        held += len(task.samples) if task.kind is Pass.FORWARD else -len(task.samples)
-        peak = max(peak, held)
-    assert held == 0
-    assert peak == (min(warm, count) if policy == "1f1b" else count) * b
+def test_evaluation_of_stages_that_share_a_device():
+    plan = make_plan(chain(3), [2, 4, 1], 8, slots=[0, 1, 0])
+    assert text(forward_orders(plan, 5)[0,]) == "F0.0 F0.2 F2.0 F2.1 F2.2 F2.3 F0.4 F2.4"
+    assert text(forward_orders(plan, 5)[1,]) == "F1.0 F1.4"
 
 
-@given(st.integers(1, 40), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
-def test_pieces_partition_any_number_of_samples(samples, replicas, share):
-    s = dataclasses.replace(stage(micro_batch=replicas * share), devices=tuple(range(replicas)))
-    parts = [p for whole in micro_batches(s, samples) for j in range(replicas) if (p := piece(s, whole, j))]
-    assert [i for p in parts for i in range(p.start, p.stop)] == list(range(samples))
-    assert len({len(p) for p in parts} - {share}) <= 1
+@settings(max_examples=150, deadline=None)
+@given(plans(scheduled=True))
+def test_any_plan_every_pass_once_in_order_within_what_a_stage_holds(plan: Plan):
+    found = orders(plan)
+    assert found == orders(plan)
+    assert {d: tuple(sorted({t.stage for t in tasks})) for d, tasks in found.items()} == sharing(plan)
+    for tasks in found.values():
+        held, halves = [0] * len(plan.stage_graph.stages), [0] * len(plan.stage_graph.stages)
+        for task in tasks:
+            stage = plan.stage_graph.stages[task.stage]
+            held[task.stage] += task.kind is Pass.FORWARD
+            halves[task.stage] += task.kind in INPUT_HALF
+            if stage.has_backward:
+                assert held[task.stage] * stage.micro_batch <= stage.in_flight
+                assert halves[task.stage] <= stage.weight_lag + 1
+            held[task.stage] -= task.kind in WEIGHT_HALF
+            halves[task.stage] -= task.kind in WEIGHT_HALF
+    for s, stage in enumerate(plan.stage_graph.stages):
+        mine = [task for tasks in found.values() for task in tasks if task.stage == s]
+        wholes = micro_batches(stage, plan.mini_batch)
+        for kinds in ((Pass.FORWARD,), INPUT_HALF, WEIGHT_HALF):
+            expected = wholes if stage.has_backward or kinds == (Pass.FORWARD,) else ()
+            assert tuple(t.samples for t in mine if t.kind in kinds) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(scheduled=True), st.data())
+def test_evaluations_are_one_order_in_which_all_come_after_what_they_need(plan: Plan, data: st.DataObject):
+    samples = data.draw(st.integers(1, plan.mini_batch))
+    left = {devices: list(tasks) for devices, tasks in forward_orders(plan, samples).items()}
+    seen = [0] * len(plan.stage_graph.stages)
+    moved = True
+    while moved:
+        moved = False
+        for tasks in left.values():
+            while tasks:
+                s, stop = tasks[0].stage, tasks[0].samples.stop
+                if any(seen[u] < stop for u in plan.stage_graph.predecessors[s]):
+                    break
+                assert seen[s] == tasks.pop(0).samples.start
+                seen[s], moved = stop, True
+    assert seen == [samples] * len(seen)

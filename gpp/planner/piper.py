@@ -1,0 +1,257 @@
+"""Piper's planner (Tarnawski et al., NeurIPS 2021): the least bottleneck of any pipeline of convex stages.
+
+Stages may be any differences of nested downsets, across branches too, but run one after the other: a stage
+holds what a chain of all stages after it holds. The search is exact; where a graph has too many downsets it
+refuses. `plan` works under this planner's cost model, for each micro-batch size; `solve` answers Piper's own
+instances under Piper's own formulas, of which its published code is the source.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from gpp.cost import CostModel
+from gpp.formats.piper import RECOMPUTED, PiperInstance, PiperVariant
+from gpp.graph import ComputationGraph
+from gpp.plan import Plan, PlanError
+from gpp.topology import DeviceTopology
+
+from .bound import bound
+from .downset_costs import Branches, Memory, UnitCosts
+from .downset_line import depth_first, line
+from .downset_search import CLOSE, DownsetSearch
+from .downsets import Downsets, Link, TooManyDownsets, downsets, equal_branches
+from .estimate import Problem, assemble, busy_seconds, estimated, rough_seconds
+from .exact import fitting, unit_costs
+from .options import Options, divisors
+from .piper_variants import VariantSearch
+
+NAME = "piper"
+LIMIT = 40_000  # downsets above which Piper gives up
+VARIANT_LIMIT = 4000  # with variants of operators, which cost more
+ROUGH = 1.15  # the rough step time is at most this factor above the simulated one
+TIE = 1e-6  # step times this close are ties
+
+
+def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
+    """The plan for one training step, a sequential pipeline; its micro-batch size by simulated step time.
+
+    Raises PlanError for a graph of too many downsets, at once, and if no pipeline fits the devices' memory.
+    S downsets in P nested pairs, D degrees: O(S^2 / 64 + P D) for each of a few passes a micro-batch size; if
+    memory binds, times the number of devices.
+    """
+    problem = Problem(graph, topology, costs, options)
+    sets = downsets(problem.units.successors, LIMIT)
+    found = []
+    for size in options.micro_batches:
+        groups = fitting(problem, sets, unit_costs(problem, size), size, chained=True)
+        if groups is not None:
+            found.append(assemble(problem, groups, size, NAME, chained=True))
+    if not found:
+        raise PlanError(
+            f"no sequential pipeline fits the {len(topology.devices)} devices of cluster {topology.name}, of "
+            f"{min(d.memory for d in topology.devices) / 2**20:.1f} MiB; use more devices, devices with more "
+            "memory or a smaller train.mini_batch, or relax planner.constraints"
+        )
+    best: Plan | None = None
+    for candidate in sorted(found, key=rough_seconds):
+        least = max(busy_seconds(candidate), rough_seconds(candidate) / ROUGH)
+        if best is None or least < best.estimate:
+            candidate = estimated(candidate)
+            if best is None or candidate.estimate < best.estimate * (1 - TIE):
+                best = candidate
+    assert best is not None
+    seconds, _ = bound(graph, topology, costs, options)
+    return replace(best, lower_bound=seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class PiperStage:
+    """Nodes by position, ascending; data and tensor parallelism; the name of each node's variant."""
+
+    nodes: tuple[int, ...]
+    replicas: int
+    tensor_parallel: int
+    variants: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Stages, first to last, whose slowest takes `seconds` for a micro-batch; if nothing fits none, and inf.
+    Exact up to permutations of equal branches, where these were collapsed."""
+
+    seconds: float
+    stages: tuple[PiperStage, ...]
+    downsets: int
+
+
+def solve(
+    instance: PiperInstance,
+    devices: int | None = None,
+    *,
+    memory: float | None = None,
+    bandwidth: float | None = None,
+    tensor_parallelism: bool = False,
+    recompute: bool = False,
+    collapse: bool = False,
+    limit: int = LIMIT,
+) -> Answer:
+    """The best pipeline of an instance under Piper's formulas; what is not given is the instance's own.
+
+    A stage S of d replicas takes sum p / d + (2 bytes over its border / d + 4 (d - 1) w / (d N)) / bandwidth
+    for each of N micro-batches, d divides N, and it needs sum a y + b bytes, y = ceil(s / d) for the s
+    replicas of it and of all stages after it. Raises TooManyDownsets above `limit` downsets (as `collapse`
+    leaves them).
+    """
+    instance = replace(
+        instance,
+        devices=instance.devices if devices is None else devices,
+        memory=instance.memory if memory is None else memory,
+        bandwidth=instance.bandwidth if bandwidth is None else bandwidth,
+    )
+    usable = {
+        t: [_usable(node.variants.get(t, ()), recompute) for node in instance.nodes]
+        for t in sorted({t for node in instance.nodes for t in node.variants} if tensor_parallelism else {1})
+    }
+    ones = usable.get(1, [()] * len(instance.nodes))
+    plain = set(usable) == {1} and all(len(found) <= 1 and not _exchanges(found) for found in ones)
+    space = _space(instance, ones, limit, collapse=collapse and plain)
+    # the fastest variants and the leanest, on one device each: the answer, or something to beat
+    known = min((_plain(instance, space, ones, key) for key in _KEYS), key=lambda answer: answer.seconds)
+    if plain:
+        return known
+    if not any(_exchanges(found) for found in ones) and set(usable) == {1}:
+        free = _plain(replace(instance, memory=np.inf), space, ones, _KEYS[0])
+        if known.seconds <= free.seconds * (1 + CLOSE):
+            return known
+    count = len(space.sets.words)
+    if count > VARIANT_LIMIT:
+        raise TooManyDownsets(
+            f"the graph has {count} downsets; with variants of operators at most {VARIANT_LIMIT} are looked "
+            "at, switch recomputation and tensor parallelism off"
+        )
+    if any(not any(usable[t][v] for t in usable) for v in range(len(instance.nodes))):
+        return Answer(np.inf, (), count)
+    seconds, stages = VariantSearch(instance, space.sets, usable, known.seconds).optimum()
+    if seconds >= known.seconds:
+        return known
+    named = [
+        PiperStage(
+            stage.nodes,
+            stage.replicas,
+            stage.tensor_parallel,
+            tuple(
+                _name(usable[stage.tensor_parallel][v], i)
+                for v, i in zip(stage.nodes, stage.variants, strict=True)
+            ),
+        )
+        for stage in stages
+    ]
+    return Answer(seconds, tuple(named), count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """All downsets, grown from the sinks, and the equal branches that they do not tell apart."""
+
+    sets: Downsets
+    needs: tuple[tuple[int, ...], ...]
+    links: tuple[Link, ...]
+    branches: Branches
+
+
+# which of a node's variants: the fastest, or the one with the least memory
+_KEYS: tuple[Callable[[PiperVariant], float], ...] = (lambda v: v.seconds, lambda v: v.base + v.slope)
+
+
+def _usable(variants: Sequence[PiperVariant], recompute: bool) -> tuple[PiperVariant, ...]:
+    return tuple(v for v in variants if recompute or v.name != RECOMPUTED)
+
+
+def _exchanges(variants: Sequence[PiperVariant]) -> bool:
+    return any(any(v.received.values()) or any(v.sent.values()) for v in variants)
+
+
+def _name(variants: Sequence[PiperVariant], number: int) -> str:
+    return variants[min(number, len(variants) - 1)].name
+
+
+def _space(
+    instance: PiperInstance, variants: Sequence[Sequence[PiperVariant]], limit: int, *, collapse: bool
+) -> _Space:
+    needs: list[set[int]] = [set() for _ in instance.nodes]
+    for u, v in instance.edges:
+        needs[u].add(v)
+    # Piper charges every edge by itself, both ways
+    links = tuple(Link(u, frozenset([v]), 2 * size) for (u, v), size in instance.edges.items())
+    alike = [tuple((v.seconds, v.parameter_bytes, v.slope, v.base) for v in found) for found in variants]
+    branches = equal_branches(links, alike) if collapse else ()
+    ahead = [set(found) for found in needs]
+    for group in branches:
+        for first, second in pairwise(group):
+            for u, v in zip(first, second, strict=True):
+                ahead[v].add(u)
+    return _Space(downsets(ahead, limit), tuple(tuple(sorted(found)) for found in needs), links, branches)
+
+
+def _plain(
+    instance: PiperInstance,
+    space: _Space,
+    variants: Sequence[Sequence[PiperVariant]],
+    key: Callable[[PiperVariant], float],
+) -> Answer:
+    """One variant a node: the devices used and the sum of replicas are the same number."""
+    chosen = [min(found, key=key) for found in variants if found]
+    sets = space.sets
+    if len(chosen) < len(variants):
+        return Answer(np.inf, (), len(sets.words))
+    count = min(instance.devices, instance.micro_batches)
+    degrees = tuple(d for d in divisors(instance.micro_batches) if d <= count)
+    links = [
+        replace(
+            link,
+            # what either end adds is charged to both
+            bytes=link.bytes
+            + 2 * (chosen[link.source].sent.get(v, 0.0) + chosen[v].received.get(link.source, 0.0)),
+        )
+        for link in space.links
+        for v in link.readers
+    ]
+    costs = _costs(instance, chosen, degrees, links)
+    memory = Memory(instance.memory, False, np.ones(len(degrees)), np.zeros(0))
+    first = line(costs, depth_first(space.needs), count, memory)
+    found = DownsetSearch(sets, costs, count, memory, space.branches).optimum(first)
+    if found is None:
+        return Answer(np.inf, (), len(sets.words))
+    stages = [
+        PiperStage(part.units, part.devices, 1, tuple(chosen[u].name for u in part.units))
+        for part in found.parts
+    ]
+    return Answer(found.seconds, tuple(stages), len(sets.words))
+
+
+def _costs(
+    instance: PiperInstance, variants: Sequence[PiperVariant], degrees: Sequence[int], links: Sequence[Link]
+) -> UnitCosts:
+    n, rounds = len(variants), instance.micro_batches
+    seconds = np.array([v.seconds for v in variants])
+    size = np.array([v.parameter_bytes for v in variants])
+    each = [seconds / d + 4 * (d - 1) * size / (d * rounds * instance.bandwidth) for d in degrees]
+    none = np.zeros((len(degrees), n))
+    return UnitCosts(
+        degrees=tuple(degrees),
+        seconds=np.array(each),
+        trains=size,
+        fixed=np.zeros(len(degrees)),
+        per_byte=np.array([1 / d / instance.bandwidth for d in degrees]),
+        latency=0.0,
+        links=tuple(links),
+        static=np.array([v.base for v in variants]),
+        stash=np.array([v.slope for v in variants]),
+        barred=none,
+        wanted=none,
+        only_wanted=(False,) * len(degrees),
+        labelled=np.zeros(n),
+    )

@@ -1,0 +1,42 @@
+"""The other planners' plans, under the same options: what the search starts from and has to beat."""
+
+from dataclasses import dataclass
+
+from gpp.plan import Plan, PlanError
+
+from . import exact, graphpipe, pipedream, sequential
+from .estimate import Group, Problem
+
+PLANNERS = (graphpipe, pipedream, sequential)
+
+
+@dataclass(frozen=True, slots=True)
+class Rivals:
+    """Their plans, in the order of `PLANNERS`, and what those without one say."""
+
+    plans: tuple[Plan, ...]
+    refusals: tuple[PlanError, ...]
+
+
+def rivals(problem: Problem) -> Rivals:
+    """Every planner's answer to the problem."""
+    plans, refusals = [], []
+    for planner in PLANNERS:
+        try:
+            plans.append(planner.plan(problem.graph, problem.topology, problem.costs, problem.options))
+        except PlanError as error:
+            refusals.append(error)
+    return Rivals(tuple(plans), tuple(refusals))
+
+
+def partitions(problem: Problem, micro_batch: int) -> list[list[Group]]:
+    """Their partitions for one micro-batch size, each to run on its true stage graph; where nothing fits
+    memory as it is, those of GraphPipe's space that would with more of it."""
+    found = [
+        *graphpipe.candidates(problem, micro_batch),
+        pipedream.groups(problem, micro_batch),
+        sequential.groups(problem, micro_batch),
+        exact.downset_groups(problem, micro_batch),
+    ]
+    fitting = [groups for groups in found if groups is not None]
+    return fitting or graphpipe.candidates(problem, micro_batch, ignore_memory=True)

@@ -1,0 +1,144 @@
+"""The `planner` group as a checked record: which planner, what it may choose, what the user has decided."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from gpp.planner.options import Constraints
+
+from .settings import SettingsError, choice, whole
+
+SEARCHED = ("eager", "split_backward", "greedy", "recompute", "shard_optimizer", "colocate")
+SCHEDULES = frozenset(SEARCHED[:3])  # those that choose another schedule
+_COMMON = ("name", "max_replicas", "constraints")
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "gpp": (*_COMMON, *SEARCHED),
+    "graphpipe": (*_COMMON, "stage_micro_batches", "bursts"),
+    "sequential": _COMMON,
+    "pipedream": _COMMON,
+    "piper": _COMMON,
+}
+NAMES = tuple(KEYS)
+_CONSTRAINTS = ("together", "pins", "uncut", "replicas")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSettings:
+    """The `planner` group. `switches` are those of `SEARCHED` that are on."""
+
+    name: str
+    max_replicas: int | None
+    constraints: Constraints
+    stage_micro_batches: bool
+    bursts: tuple[int, ...]
+    switches: frozenset[str]
+
+
+def planner_settings(config: DictConfig) -> PlannerSettings:
+    """The `planner` group, checked; a key that the chosen planner does not know is refused."""
+    name = choice(config, "planner.name", NAMES)
+    unknown = [str(key) for key in config.planner if key not in KEYS[name]]
+    if unknown:
+        raise SettingsError(f"planner {name} has no key planner.{unknown[0]}; it has {', '.join(KEYS[name])}")
+    return PlannerSettings(
+        name=name,
+        max_replicas=max_replicas(config),
+        constraints=constraints(config),
+        stage_micro_batches=_flag(config, "planner.stage_micro_batches"),
+        bursts=_bursts(config),
+        switches=frozenset(key for key in SEARCHED if _flag(config, f"planner.{key}")),
+    )
+
+
+def max_replicas(config: DictConfig) -> int | None:
+    """planner.max_replicas: devices that may share one stage; None for any number."""
+    key = "planner.max_replicas"
+    return None if OmegaConf.select(config, key) is None else whole(config, key, 1)
+
+
+def constraints(config: DictConfig) -> Constraints:
+    """planner.constraints; what is left out or null decides nothing."""
+    key = "planner.constraints"
+    node = OmegaConf.select(config, key)
+    if node is None:
+        return Constraints()
+    if not isinstance(node, DictConfig):
+        raise SettingsError(f"{key} must be a group of {', '.join(_CONSTRAINTS)}, it is {node!r}")
+    unknown = [str(name) for name in node if name not in _CONSTRAINTS]
+    if unknown:
+        raise SettingsError(f"there is no key {key}.{unknown[0]}; {key} has {', '.join(_CONSTRAINTS)}")
+    replicas = _table(node, "replicas", "{pattern: number}")
+    for pattern, count in replicas:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise SettingsError(
+                f"{key}.replicas of {pattern} must be a whole number of at least 1, it is {count!r}"
+            )
+    return Constraints(
+        together=tuple(_words(group, f"{key}.together", 1) for group in _list(node, "together")),
+        pins=tuple((pattern, str(label)) for pattern, label in _table(node, "pins", "{pattern: label}")),
+        uncut=tuple(_pair(pair) for pair in _list(node, "uncut")),
+        replicas=tuple(replicas),
+    )
+
+
+def _list(node: DictConfig, name: str) -> list[Any]:
+    value = node.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, ListConfig):
+        raise SettingsError(
+            f"planner.constraints.{name} must be a list of lists of patterns, it is {value!r}"
+        )
+    found = OmegaConf.to_container(value, resolve=True)
+    assert isinstance(found, list)
+    return found
+
+
+def _words(value: Any, key: str, least: int) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) < least or not all(isinstance(w, str) for w in value):
+        raise SettingsError(
+            f"{key} must be a list of lists of patterns, [[enc.*, head]], one entry is {value!r}"
+        )
+    return tuple(value)
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value):
+        return value[0], value[1]
+    raise SettingsError(
+        f"planner.constraints.uncut must be a list of pairs, [[producer, consumer]], one entry is {value!r}"
+    )
+
+
+def _table(node: DictConfig, name: str, form: str) -> list[tuple[str, Any]]:
+    value = node.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, DictConfig):
+        raise SettingsError(f"planner.constraints.{name} must be a table {form}, it is {value!r}")
+    resolved: Any = OmegaConf.to_container(value, resolve=True)
+    found = {str(pattern): entry for pattern, entry in resolved.items()}
+    wrong = [pattern for pattern, entry in found.items() if isinstance(entry, dict | list) or entry is None]
+    if wrong:
+        raise SettingsError(
+            f"planner.constraints.{name} must be a table {form}, {wrong[0]} has {found[wrong[0]]!r}"
+        )
+    return list(found.items())
+
+
+def _flag(config: DictConfig, key: str) -> bool:
+    value = OmegaConf.select(config, key, default=False)
+    if not isinstance(value, bool):
+        raise SettingsError(f"{key} must be true or false, it is {value!r}")
+    return value
+
+
+def _bursts(config: DictConfig) -> tuple[int, ...]:
+    key = "planner.bursts"
+    value = OmegaConf.select(config, key, default=[1])
+    entries = list(value) if isinstance(value, list | ListConfig) else []
+    if not entries or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in entries):
+        raise SettingsError(f"{key} must be a list of whole numbers of at least 1, [1,2], it is {value!r}")
+    return tuple(sorted(set(entries)))

@@ -1,0 +1,29 @@
+"""The planners by name; what is not asked for is not loaded."""
+
+from gpp.cost import CostModel
+from gpp.graph import ComputationGraph
+from gpp.plan import Plan
+from gpp.planner.options import Options
+from gpp.topology import DeviceTopology
+
+from .settings import SettingsError
+
+
+def planned(
+    name: str, graph: ComputationGraph, cluster: DeviceTopology, times: CostModel, options: Options
+) -> Plan:
+    """What the planner of that name answers. Raises PlanError saying why if it cannot."""
+    match name:
+        case "gpp":
+            from gpp.planner.gpp import plan
+        case "graphpipe":
+            from gpp.planner.graphpipe import plan
+        case "sequential":
+            from gpp.planner.sequential import plan
+        case "pipedream":
+            from gpp.planner.pipedream import plan
+        case "piper":
+            from gpp.planner.piper import plan
+        case _:
+            raise SettingsError(f"there is no planner {name}")
+    return plan(graph, cluster, times, options)
