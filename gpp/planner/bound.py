@@ -94,8 +94,9 @@ def _raised(low: float, need: Callable[[float], float]) -> float:
 
 
 def _refuted(low: float, impossible: Callable[[float], bool]) -> float:
-    """About the longest step time, `low` at least, that is proven to be impossible."""
-    if not impossible(low):
+    """About the longest step time, `low` at least, that is proven to be impossible. Of a model without any
+    work (low = 0) nothing is."""
+    if low <= 0 or not impossible(low):
         return low
     high = 2 * low
     while impossible(high):

@@ -21,7 +21,7 @@ from .intervals import Intervals
 from .outline import Block, Chain, Run
 from .sides import INF
 from .space import Space
-from .threshold import TOLERANCE
+from .threshold import TOLERANCE, at_least
 
 MOST = 128  # samples in flight, by the smallest micro-batch size
 SIZES = 4  # micro-batch sizes of one search
@@ -88,9 +88,7 @@ class _Search:
         """Bisection over the distinct times of a sample."""
         parts = [t / size for size, table in self.tables.items() for t in table.seconds.values()]
         times = np.unique(np.concatenate([t[np.isfinite(t)] for t in parts]))
-        # every operator is in some stage: no threshold below is any use
-        alone = np.min([np.diagonal(t, 1) for t in parts], axis=0)
-        times = times[times >= alone.max() * (1 - TOLERANCE)]
+        times = times[times >= at_least(parts) * (1 - TOLERANCE)]
         if not len(times):
             return None
         best = self.solve(float(times[-1]))

@@ -75,6 +75,8 @@ class DownsetSearch:
         if not np.isfinite(total):
             return None
         best = known
+        if best is not None and best.seconds <= low * (1 + CLOSE):
+            return best
         if low > total / self.devices:
             at_once = self.below(low * (1 + CLOSE))
             if at_once is not None:

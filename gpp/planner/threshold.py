@@ -1,5 +1,6 @@
 """The least bottleneck: a search over thresholds, each answered by the fewest devices (GraphPipe §5)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -264,8 +265,7 @@ def interval_optimum(seconds: list[tuple[int, NDArray[np.float64]]], devices: in
 def _by_bisection(seconds: list[tuple[int, NDArray[np.float64]]], devices: int) -> float:
     n = seconds[0][1].shape[0] - 1
     descending = sorted(seconds, key=lambda pair: -pair[0])
-    single = np.min([np.diagonal(time, 1) for _, time in seconds], axis=0)
-    low = float(single.max()) if n else 0.0  # no run takes less
+    low = at_least([time for _, time in seconds])
     times = np.unique(np.concatenate([t[(t >= low) & np.isfinite(t)] for _, t in seconds]))
 
     def enough(limit: float) -> bool:
@@ -291,3 +291,12 @@ def _by_bisection(seconds: list[tuple[int, NDArray[np.float64]]], devices: int) 
         middle = (first + last) // 2
         first, last = (first, middle) if enough(float(times[middle])) else (middle, last)
     return float(times[last])
+
+
+def at_least(seconds: Sequence[NDArray[np.float64]]) -> float:
+    """A time below which no bottleneck is: of every run the least of all intervals that hold it. A run alone
+    may take longer than with its neighbours: it sends more."""
+    least = np.min(seconds, axis=0)
+    least = np.minimum.accumulate(least, axis=0)
+    least = np.minimum.accumulate(least[:, ::-1], axis=1)[:, ::-1]
+    return float(np.diagonal(least, 1).max())

@@ -10,9 +10,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from gpp.plan import Edge, Plan, StageGraph
-from gpp.schedule.order import forward_orders, round_trips, sharing, without_imagined
+from gpp.schedule.order import (
+    Place,
+    forward_orders,
+    forward_places,
+    round_trips,
+    sharing,
+    without_imagined,
+)
 from gpp.schedule.pieces import micro_batches, piece
-from gpp.schedule.slots import activation_slots, gradient_slots, walk
+from gpp.schedule.slots import activation_slots, forward_slots, gradient_slots, walk
 from gpp.schedule.task import (
     INPUT_HALF,
     Channel,
@@ -86,7 +93,12 @@ def lower(plan: Plan, *, forward_only: bool = False, samples: int | None = None)
             held = sorted({i.task.stage for i in program if isinstance(i, Compute)})
             if program:
                 programs[rank] = (*program, *closing(plan, held, forward_only=forward_only))
-    channels = _channels(plan, trips, [transfer for transfer, _, _ in transfers])
+    channels = _channels(
+        plan,
+        trips,
+        [transfer for transfer, _, _ in transfers],
+        forward_places(plan, count) if forward_only else None,
+    )
     return Schedule(tuple(programs), channels, count, forward_only)
 
 
@@ -180,9 +192,13 @@ def _meet(
 
 
 def _channels(
-    plan: Plan, trips: Mapping[tuple[int, ...], Sequence[Task]], transfers: list[Transfer]
+    plan: Plan,
+    trips: Mapping[tuple[int, ...], Sequence[Task]],
+    transfers: list[Transfer],
+    places: Sequence[Sequence[Place]] | None,
 ) -> tuple[Channel, ...]:
-    """A channel per (edge, direction, source, target), with as many slots as never hold anything up."""
+    """A channel per (edge, direction, source, target), with as many slots as never hold anything up, and in
+    an evaluation (with `places`) enough to end it."""
     graph = plan.stage_graph
     groups: dict[tuple[int, Direction, int, int], list[Transfer]] = defaultdict(list)
     for t in transfers:
@@ -199,7 +215,13 @@ def _channels(
         up, down = graph.edges[number].source, graph.edges[number].target
         sizes = graph.stages[up].micro_batch, graph.stages[down].micro_batch
         numbers = [(t.samples.start // sizes[0], t.samples.start // sizes[1]) for t in messages]
-        forward = way is Direction.ACTIVATION
+        if way is Direction.GRADIENT:
+            slots = gradient_slots(walks[up], numbers)
+        else:
+            slots = activation_slots(walks[up], walks[down], numbers)
+        if places is not None:
+            made, used = [places[up][above] for above, _ in numbers], [places[down][n] for _, n in numbers]
+            slots = min(max(slots, forward_slots(made, used)), len(messages))
         channels.append(
             Channel(
                 source=source,
@@ -207,9 +229,7 @@ def _channels(
                 tag=tag(number, way),
                 edge=number,
                 direction=way,
-                slots=activation_slots(walks[up], walks[down], numbers)
-                if forward
-                else gradient_slots(walks[up], numbers),
+                slots=slots,
                 bytes=max(t.bytes for t in messages),
             )
         )

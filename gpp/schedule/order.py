@@ -11,9 +11,10 @@ from gpp.plan import Plan
 from gpp.schedule.greedy import greedy_orders
 from gpp.schedule.pieces import micro_batches
 from gpp.schedule.static import static_order
-from gpp.schedule.task import Pass, Samples, Task
+from gpp.schedule.task import Pass, Task
 
 Devices = tuple[int, ...]
+Place = tuple[int, int, int]  # samples needed, stage, number of the micro-batch
 
 
 def orders(plan: Plan) -> Mapping[Devices, tuple[Task, ...]]:
@@ -65,28 +66,31 @@ def sharing(plan: Plan) -> Mapping[Devices, tuple[int, ...]]:
 
 
 def forward_orders(plan: Plan, samples: int) -> Mapping[Devices, tuple[Task, ...]]:
-    """The tasks of an evaluation of `samples` samples, keys as in `orders`.
-
-    Sorted by the first so many samples that a task needs of the whole graph, then by stage: one order of all
-    tasks in which each comes after what it needs, so devices that follow it cannot wait in a circle.
-    """
+    """The tasks of an evaluation of `samples` samples, keys as in `orders`; sorted by `forward_places`."""
     graph = plan.stage_graph
+    places = forward_places(plan, samples)
     parts = [micro_batches(stage, samples) for stage in graph.stages]
-    needs: list[list[int]] = []
-    for index in range(len(graph.stages)):
-        found = []
-        for part in parts[index]:
-            before = [
-                needs[p][(part.stop - 1) // graph.stages[p].micro_batch] for p in graph.predecessors[index]
-            ]
-            found.append(max([part.stop, *before]))
-        needs.append(found)
-
-    def place(task: Task) -> tuple[int, int, Samples]:
-        at = task.samples.start // graph.stages[task.stage].micro_batch
-        return needs[task.stage][at], task.stage, task.samples
-
     return {
-        devices: tuple(sorted((Task(Pass.FORWARD, s, p) for s in held for p in parts[s]), key=place))
+        devices: tuple(
+            Task(Pass.FORWARD, s, parts[s][number])
+            for _, s, number in sorted(place for s in held for place in places[s])
+        )
         for devices, held in sharing(plan).items()
     }
+
+
+def forward_places(plan: Plan, samples: int) -> list[list[Place]]:
+    """Where each stage's micro-batches stand in one order of all forwards of an evaluation.
+
+    By the first so many samples that a forward needs of the whole graph, then by stage: each comes after what
+    it needs, so devices that follow this order cannot wait in a circle.
+    """
+    graph = plan.stage_graph
+    found: list[list[Place]] = []
+    for index, stage in enumerate(graph.stages):
+        found.append([])
+        for number, part in enumerate(micro_batches(stage, samples)):
+            last = part.stop - 1
+            before = (found[p][last // graph.stages[p].micro_batch][0] for p in graph.predecessors[index])
+            found[index].append((max([part.stop, *before]), index, number))
+    return found

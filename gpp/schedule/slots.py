@@ -53,6 +53,12 @@ def gradient_slots(up: Walk, messages: Sequence[tuple[int, int]]) -> int:
     return _most_alive(up, [above for above, _ in messages], range(len(messages) + 1))
 
 
+def forward_slots(made: Sequence[tuple[int, ...]], used: Sequence[tuple[int, ...]]) -> int:
+    """Of a channel of forwards alone, by the places of each message's two forwards in an order of all: enough
+    to run in that order, and so for any run of devices that follow it."""
+    return max(sent + 1 - bisect_left(used, place) for sent, place in enumerate(made))
+
+
 def _most_alive(up: Walk, messages: Sequence[int], freed: Sequence[int]) -> int:
     """`freed`: messages whose buffers are free again once so many of the channel's gradients came back."""
     left = len(messages) - freed[-1]  # of the step before, when the next one begins

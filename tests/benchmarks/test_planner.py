@@ -10,7 +10,7 @@ import pytest
 from benchmarks.planner import __main__ as command
 from benchmarks.planner.answers import against, piper_answers
 from benchmarks.planner.bottleneck import against_piper
-from benchmarks.planner.gains import MICRO_BATCH, gaps, over_graphpipe
+from benchmarks.planner.gains import CHOICES, MICRO_BATCH, gaps, over_graphpipe
 from benchmarks.planner.memory import bisected, floor, least_memory
 from benchmarks.planner.profiles import every_profile
 from benchmarks.planner.references import LONG, references
@@ -75,7 +75,7 @@ def test_gains_and_gaps() -> None:
     runs = Runs()
     gains = whole(over_graphpipe(runs, MODELS, (4,), (16, 32)))
     assert gains.columns == ("gpp / graphpipe", "m = 16", "m = 32")
-    last = next(row for row in gains.rows if row[0] == "after: polish")
+    last = next(row for row in gains.rows if row[0] == f"after: {CHOICES[-1]}")
     alone = next(row for row in gains.rows if row[0] == "MMT alone")
     assert last[1:] == alone[1:]
     for column in (1, 2):

@@ -101,7 +101,7 @@ CASES = {
         *REPLAY, "schedule=gpipe", says=("the command line asks for gpipe: leave schedule away",)
     ),
     "truncated plan": mine(*REPLAY, "plan=short.json", says=("short.json: not a plan: malformed JSON",)),
-    "no plan at all": mine(*REPLAY, "plan=planned/graph.json", says=('must be "gpp.plan/1"',)),
+    "no plan at all": mine(*REPLAY, "plan=planned/graph.json", says=('must be "gpp.plan/2"',)),
     "overlapping plan": mine(
         *REPLAY, "plan=overlap.json", says=("overlap.json", "device 0 belongs to stage")
     ),
@@ -125,8 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "short.json").write_text(plan[: len(plan) // 2])
     record = json.loads(plan)
     assert len(record["stage_graph"]["stages"]) == 2
-    for stage in record["stage_graph"]["stages"]:
-        stage["devices"] = [0]
+    record["stage_graph"]["stages"][1]["devices"] = [0, 1]
     (made / "overlap.json").write_text(json.dumps(record))
     return made
 

@@ -193,7 +193,7 @@ def test_help(command: str, done: dict[str, Result]) -> None:
     assert out.startswith(f"python -m launch.{command.strip() or 'train'} ")
     assert "plan" in out and "--hydra-help" in out
     if command != " simulate":
-        assert "model: mmt" in out and "model, data  " in out and "steps: 180" in out
+        assert "model: candle_uno, " in out and "model, data  " in out and "steps: 180" in out
 
 
 class TestUnderMpi:
@@ -225,7 +225,7 @@ class TestUnderMpi:
         [
             ("too many", "cluster.devices is 4, but there are 3 MPI ranks"),
             ("plan for two", "is a plan for 2 devices, this run has 3: start 2 ranks"),
-            ("model", "Could not find 'model/nope'; Available options in 'model': mmt"),
+            ("model", "Could not find 'model/nope'; Available options in 'model': candle_uno"),
             ("steps", "train.steps must be a whole number of at least 0, it is -1"),
             ("capture", "cannot be captured in module 'inner'"),
         ],

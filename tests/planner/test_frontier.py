@@ -38,12 +38,11 @@ def test_memory_can_be_ignored():
 
 def test_a_long_all_reduce_is_worth_a_larger_bottleneck():
     """With few micro-batches the all-reduce is in no bottleneck's shadow."""
-    graph = make_graph(towers(2, 4), parameters=20 << 20, flops=1e9, width=64)
-    cluster = make_cluster(8, inside=Link(1e-5, 2e10))
+    graph = make_graph(towers(2, 4), parameters=20 << 20, flops=1e10, width=64)
+    cluster = make_cluster(8, inside=Link(1e-5, 1e10))
     options = Options(mini_batch=32, micro_batch=8)
     problem = Problem(graph, cluster, Roofline(), options)
     steps = [estimated(assemble(problem, groups, 8, "test")).estimate for groups in candidates(problem, 8)]
-    assert len(steps) > 1
     assert min(steps) < plan(graph, cluster, Roofline(), options).estimate * 0.97
 
 

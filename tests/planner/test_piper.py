@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gpp.cost import Roofline, all_reduce_seconds
 from gpp.formats.piper import RECOMPUTED, PiperInstance, PiperNode, PiperVariant, read_piper
 from gpp.plan import PlanError, check_plan, device_memory
 from gpp.planner.downsets import TooManyDownsets, downsets
-from gpp.planner.estimate import Problem
+from gpp.planner.estimate import Problem, assemble
 from gpp.planner.exact import downset_groups, downset_optimum, fastest, unit_costs
 from gpp.planner.options import Constraints, Options
 from gpp.planner.piper import plan, solve
@@ -169,7 +169,7 @@ def test_variants_as_piper_chooses_them(instance: PiperInstance, tensor_parallel
 
 
 def check_answer(instance: PiperInstance, stages: Sequence[Any], seconds: float) -> None:
-    """The stages are a pipeline of that many devices, which with the variants they name fits, in that time."""
+    """The stages are a pipeline, which with the variants they name fits the devices, in that time."""
     if math.isinf(seconds):
         assert not stages
         return
@@ -362,8 +362,9 @@ def test_the_least_bottleneck_under_the_planners_own_costs(graph, devices, size,
 
 
 @settings(max_examples=40, deadline=None)
-@given(graphs(max_operators=8), st.integers(1, 5), st.sampled_from([3e6, 6e6, 1e7, 1e9]))
+@given(graphs(max_operators=8, all_train=True), st.integers(1, 5), st.sampled_from([3e6, 6e6, 1e7, 1e9]))
 def test_plans_are_valid_sequential_pipelines(graph, devices, memory) -> None:
+    assume(any(op.forward.flops for op in graph.operators))
     cluster = make_cluster(devices, memory=memory)
     try:
         found = plan(graph, cluster, Roofline(), Options(mini_batch=8))
@@ -373,7 +374,7 @@ def test_plans_are_valid_sequential_pipelines(graph, devices, memory) -> None:
     check_plan(found, graph)
     stages = len(found.stage_graph.stages)
     assert found.stage_graph.depth == stages
-    assert 0 < found.lower_bound <= found.estimate * (1 + 1e-9) or found.estimate == 0
+    assert 0 < found.lower_bound <= found.estimate * (1 + 1e-9)
     held = [stage.in_flight // stage.micro_batch for stage in found.stage_graph.stages]
     rounds = 8 // found.stage_graph.stages[0].micro_batch
     assert held == [min(stages - i, rounds) for i in range(stages)]
@@ -385,12 +386,12 @@ def test_stages_may_span_branches() -> None:
     problem = Problem(graph, make_cluster(2), Roofline(), Options(mini_batch=8, max_replicas=1))
     groups = downset_groups(problem, 1)
     assert groups is not None
-    assert sorted(len(group.operators) for group in groups) in ([3, 4],)
+    assert sorted(len(group.operators) for group in groups) == [3, 4]
 
 
 def test_memory_moves_the_cuts() -> None:
     """The first stages of a chain hold more micro-batches: with little memory they get fewer operators."""
-    graph = make_graph(chain(12), parameters=0, stash=1e6, width=1)
+    graph = make_graph(chain(12), parameters=4, stash=1e6, width=1)
     options = Options(mini_batch=16, micro_batch=1, max_replicas=1)
     free = plan(graph, make_cluster(3), Roofline(), options)
     assert [len(stage.operators) for stage in free.stage_graph.stages] == [4, 4, 4]
@@ -401,12 +402,14 @@ def test_memory_moves_the_cuts() -> None:
 
 
 def test_groups_hold_what_their_own_graph_holds() -> None:
-    """Two towers side by side hold half of what they hold in a row: they fit where no row of them does."""
-    graph = make_graph(towers(2, 4), parameters=0, stash=1e6, width=1)
+    """Three chains side by side hold a third of what they hold in a row, and fit where no row of them does."""
+    parents = {f"{c}{i}": f"{c}{i - 1}" if i else "" for c in "abc" for i in range(4)}
+    graph = make_graph(parents, parameters=4, stash=1e6, width=1)
     options = Options(mini_batch=16, micro_batch=1, max_replicas=1)
-    cluster = make_cluster(4, memory=6.2e6)
+    cluster = make_cluster(6, memory=4.2e6)
     groups = downset_groups(Problem(graph, cluster, Roofline(), options), 1)
-    assert groups is not None and len(groups) == 4
+    assert groups is not None
+    assert sorted(group.operators for group in groups) == [(i, i + 1) for i in range(0, 12, 2)]
     with pytest.raises(PlanError):
         plan(graph, cluster, Roofline(), options)
 
@@ -447,7 +450,5 @@ def test_the_fullest_device_of_groups_fits() -> None:
         options = Options(mini_batch=16)
         groups = downset_groups(Problem(graph, cluster, Roofline(), options), 2)
         if groups is not None:
-            from gpp.planner.estimate import assemble
-
             made = assemble(Problem(graph, cluster, Roofline(), options), groups, 2, "x")
             assert max(device_memory(made)) <= memory

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from gpp.cost import Roofline
 from gpp.graph import ComputationGraph
 from gpp.plan import Policy
+from gpp.planner import threshold
 from gpp.planner.intervals import IntervalCosts, Intervals
 from gpp.planner.options import Options
 from gpp.planner.outline import outline
@@ -157,3 +158,33 @@ def test_the_order_of_branches_does_not_matter_where_they_are_equal(order, devic
     second, _ = searched(make_graph(parents | {"join": towers(4, 3)["join"]}, parameters=4), devices, 1)
     one, other = first.answer(float("inf")), second.answer(float("inf"))
     assert np.isclose(one.seconds, other.seconds, rtol=1e-8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(graphs(max_operators=9), st.integers(1, 6), st.booleans())
+def test_both_ways_to_the_interval_optimum(graph, devices, some_forbidden):
+    _, table = searched(graph, devices)
+    seconds = dict(table.seconds)
+    if some_forbidden:
+        seconds[1] = np.where(
+            seconds[1] > np.nanmedian(seconds[1][np.isfinite(seconds[1])]), np.inf, seconds[1]
+        )
+    direct = interval_optimum(list(seconds.items()), devices)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threshold, "DIRECT", 0)
+        assert interval_optimum(list(seconds.items()), devices) == direct
+
+
+@settings(max_examples=80, deadline=None)
+@given(small, st.integers(1, 4), st.integers(1, 4))
+def test_no_deeper_than_asked(graph, devices, level):
+    search, table = searched(graph, devices)
+    free, bound = search.answer(float("inf")), search.answer(float("inf"), level=level)
+    assert bound is not None  # one stage is a plan of level 1
+    check_answer(bound, table, devices, len(graph.operators))
+    assert bound.level <= level
+    assert bound.seconds >= free.seconds
+    if free.level <= level:
+        assert bound.seconds == free.seconds
+    rough = search.answer(float("inf"), level=level, precision=0.05)
+    assert bound.seconds <= rough.seconds <= bound.seconds * 1.05 * (1 + 1e-9)

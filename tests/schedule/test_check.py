@@ -344,19 +344,6 @@ SHARED = make_plan(
 TOGETHER = lower(SHARED)
 
 
-def reordered(rank: int, first: int, second: int) -> Schedule:
-    """Two instructions of a rank, by position, in each other's place."""
-
-    def change(program: list[Instruction]) -> None:
-        program[first], program[second] = program[second], program[first]
-
-    return edit(rank, change, TOGETHER)
-
-
-def position(rank: int, text: str) -> int:
-    return [cell(i) for i in TOGETHER.programs[rank]].index(text)
-
-
 def test_stages_on_one_rank_are_accepted_and_each_keeps_its_rules():
     check(SHARED, TOGETHER)
     first = Compute(Task(Pass.FORWARD, 2, Samples(0, 1)))
@@ -387,7 +374,7 @@ def test_what_came_for_one_stage_is_used_before_another_stage_computes():
     )
     before = max(i for i in range(receive) if isinstance(program[i], Compute))
     early = edit(0, lambda p: p.insert(before, p.pop(receive)), TOGETHER)
-    with pytest.raises(ScheduleError, match="must be used by the next pass|needed, received are"):
+    with pytest.raises(ScheduleError, match=r"must be used by the next pass|needed, received are"):
         check(SHARED, early)
 
 
@@ -395,9 +382,9 @@ def test_a_stage_that_recomputes_holds_no_more_halves_than_its_lag():
     plan = make_plan([], [1], 4, policy=Policy("zero-bubble"), lags=[1], held=[3], recompute=[0])
     schedule = lower(plan)
     check(plan, schedule)
-    late = edit(0, lambda p: p.insert(find(p, Compute, 6), p.pop(find(p, Compute, 4))), schedule)
+    late = edit(0, lambda p: p.insert(5, p.pop(7)), schedule)
     assert [cell(i)[0] for i in late.programs[0]][:7] == list("FFIFIIW")
-    with pytest.raises(ScheduleError, match="3 samples wait for their weight half.*may hold 2"):
+    with pytest.raises(ScheduleError, match=r"3 samples wait for their weight half.*may hold 2"):
         check(plan, late)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpp.plan import Plan, Policy
+from gpp.schedule.check import check
 from gpp.schedule.grid import cell
 from gpp.schedule.lower import closing, lower, returns_gradient
 from gpp.schedule.pieces import micro_batches, piece
@@ -117,6 +118,23 @@ def test_evaluation_has_the_training_slots_but_no_more_than_messages():
     assert [c.slots for c in lower(plan, forward_only=True, samples=1).channels] == [1, 1]
 
 
+def test_an_evaluation_keeps_what_its_own_order_makes_it_keep():
+    # stages 1 and 2 share a device; in an evaluation the first runs on until stage 0 has its four samples
+    plan = make_plan([(0, 2), (1, 2)], [4, 1, 1], 8, slots=[0, 1, 1])
+    assert {c.edge: c.slots for c in lower(plan).channels if c.direction is Direction.ACTIVATION}[1] == 2
+    evaluation = lower(plan, forward_only=True)
+    assert {c.edge: c.slots for c in evaluation.channels}[1] == 4
+    check(plan, evaluation)
+
+
+def test_slots_cover_what_waits_for_its_weight_half():
+    plan = make_plan(chain(3), [1, 1, 1], 16, policy=Policy("zero-bubble"), lags=[0, 1, 3])
+    found = {(c.edge, c.direction): c.slots for c in lower(plan).channels}
+    assert found[0, Direction.ACTIVATION] == 3 + 1 + 1  # forwards ahead, and the halves below with their own
+    assert found[1, Direction.ACTIVATION] == 2 + 3 + 1
+    assert found[0, Direction.GRADIENT] == 3 and found[1, Direction.GRADIENT] == 2
+
+
 @pytest.mark.parametrize("forward_only, samples", [(False, 4), (True, 0), (True, 9), (False, 16)])
 def test_a_wrong_number_of_samples_is_refused(forward_only, samples):
     with pytest.raises(ScheduleError, match=f"{samples} were asked for"):
@@ -150,6 +168,34 @@ class TestClosing:
             Reduce(Reduction.GRADIENTS, (5, 2), -1, 40, shared=1),
             Reduce(Reduction.LOSS_WEIGHT, everyone, -1, 8),
             Reduce(Reduction.NORM, everyone, -1, 8),
+            Update(3),
+        )
+
+    def test_a_rank_with_several_stages_joins_each_group_once(self):
+        plan = make_plan(
+            chain(4),
+            [2, 2, 2, 2],
+            4,
+            replicas=[2, 1, 2, 1],
+            slots=[0, 1, 0, 1],
+            shared=[(0, 2), (0, 3), (1, 3)],
+            global_norm=True,
+        )
+        assert closing(plan, (0, 2)) == (
+            Reduce(Reduction.GRADIENTS, (0, 1), 0, 20),
+            Reduce(Reduction.GRADIENTS, (0, 1), 2, 60),
+            Reduce(Reduction.GRADIENTS, (0, 1), -1, 40, shared=0),
+            Reduce(Reduction.GRADIENTS, (2, 0, 1), -1, 40, shared=1),
+            Reduce(Reduction.NORM, (0, 1, 2), -1, 8),
+            Update(0),
+            Update(2),
+        )
+        # what its own two stages make of a tied parameter, the rank has summed itself
+        assert closing(plan, (1, 3)) == (
+            Report(3),
+            Reduce(Reduction.GRADIENTS, (2, 0, 1), -1, 40, shared=1),
+            Reduce(Reduction.NORM, (0, 1, 2), -1, 8),
+            Update(1),
             Update(3),
         )
 
