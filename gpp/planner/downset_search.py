@@ -17,6 +17,7 @@ from .downsets import Downsets, contained
 
 NONE = 1 << 20  # devices where there is no way
 CLOSE = 1e-9  # a better plan is better by this factor at least
+NOTHING = 1e-30  # seconds, a threshold that only stages without work meet
 ANY = 1e300  # a threshold that every stage meets
 GALLOP = (1 + 2 * CLOSE, 1.02, 1.1, 1.5, 4.0, ANY)  # from what no plan can beat to any plan
 BLOCK = 1 << 20  # pairs looked at in one go
@@ -81,7 +82,7 @@ class DownsetSearch:
             at_once = self.below(low * (1 + CLOSE))
             if at_once is not None:
                 return at_once
-        low = max(low, total / self.devices) * (1 - CLOSE)
+        low = max(low, total / self.devices, NOTHING) * (1 - CLOSE)
         for factor in GALLOP if best is None else ():
             best = self.below(min(low * factor, ANY))
             if best is not None:

@@ -7,6 +7,7 @@ from gpp.planner.intervals import Intervals
 from gpp.planner.series_parallel import Leaf, Parallel, Series, Tree, leaf_order
 
 Interval = tuple[int, int]
+Stages = tuple[frozenset[int], ...]
 
 
 def partitions(count: int) -> Iterator[tuple[Interval, ...]]:
@@ -110,3 +111,15 @@ def _crossings(
         return None
     pairs = {(entering, y) for y in inside if entering >= 0 and y != entering}
     return pairs | {(x, leaving) for x in inside if leaving >= 0 and x != leaving}
+
+
+def pipelines(after: Sequence[Sequence[int]], left: frozenset[int]) -> Iterator[Stages]:
+    """Every order of convex stages of `left`, last stage first: each closed under what comes after."""
+    if not left:
+        yield ()
+    for size in range(1, len(left) + 1):
+        for found in itertools.combinations(sorted(left), size):
+            stage = frozenset(found)
+            if all(v in stage for u in stage for v in after[u] if v in left):
+                for rest in pipelines(after, left - stage):
+                    yield (stage, *rest)

@@ -1,8 +1,7 @@
-import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +10,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpp.cost import Roofline, all_reduce_seconds
+from gpp.cost import Roofline
 from gpp.formats.piper import RECOMPUTED, PiperInstance, PiperNode, PiperVariant, read_piper
-from gpp.plan import PlanError, check_plan, device_memory
-from gpp.planner.downsets import TooManyDownsets, downsets
-from gpp.planner.estimate import Problem, assemble
-from gpp.planner.exact import downset_groups, downset_optimum, fastest, unit_costs
+from gpp.plan import PlanError, check_plan
+from gpp.planner.downsets import TooManyDownsets
 from gpp.planner.options import Constraints, Options
 from gpp.planner.piper import plan, solve
-from gpp.topology import Link
 from tests.graphs import chain, graphs, make_cluster, make_graph, parent_lists, towers
+from tests.planner.brute import Stages, pipelines
 
 PROFILES = Path(os.environ.get("GPP_PROFILES", Path(__file__).parents[3] / "shared" / "profiles"))
 REFERENCE = PROFILES / "piper_reference.jsonl"
-Stages = tuple[frozenset[int], ...]
-
-
-def pipelines(after: Sequence[Sequence[int]], left: frozenset[int]) -> Iterator[Stages]:
-    """Every order of convex stages of `left`, last stage first: each closed under what comes after."""
-    if not left:
-        yield ()
-    for size in range(1, len(left) + 1):
-        for found in itertools.combinations(sorted(left), size):
-            stage = frozenset(found)
-            if all(v in stage for u in stage for v in after[u] if v in left):
-                for rest in pipelines(after, left - stage):
-                    yield (stage, *rest)
 
 
 def knapsack(choices: list[list[tuple[float, float]]], memory: float) -> float:
@@ -292,75 +276,6 @@ def test_too_many_downsets_are_refused_or_collapsed(name: str, count: int) -> No
     check_answer(instance, found.stages, found.seconds)
 
 
-def own_stage(
-    problem: Problem, size: int, stage: frozenset[int], later: frozenset[int], d: int, lower: bool
-) -> float:
-    """Seconds of a stage under the planner's costs, as `gpp.planner.downset_costs` says them."""
-    graph, costs, device = problem.graph, problem.costs, problem.topology.devices[0]
-    ops = [graph.operators[i] for i in sorted(stage)]
-    if d > 1 and any(op.batch_coupled for op in ops):
-        return math.inf
-    back = [op for op in ops if op.has_backward or op.backward_input.flops]
-    time = sum(costs.forward(op, size / d, device) for op in ops)
-    time += sum(costs.backward_input(op, size / d, device) for op in back)
-    time += sum(costs.backward_weight(op, size / d, device) for op in back)
-    trained = sum(p.bytes for op in ops for p in op.parameters if p.trainable)
-    rounds = problem.options.mini_batch // size
-    link = problem.topology.inside
-    if trained:
-        time += (all_reduce_seconds(trained, d, link) + costs.update(trained, device)) / rounds
-    if not lower:
-        received = sent = 0.0
-        for name, tensor in graph.tensors.items():
-            source = graph.producer[name]
-            readers = {i for i, op in enumerate(graph.operators) if name in op.inputs}
-            crossing = tensor.bytes * (1 + tensor.needs_grad)
-            if source in stage and readers & later:
-                sent += crossing
-            if source not in stage | later and readers & stage and not readers & later:
-                received += crossing
-        time += (
-            2 * link.latency * ((received > 0) + (sent > 0)) + (received + sent) * size / d / link.bandwidth
-        )
-    return time
-
-
-def own_brute(problem: Problem, size: int, *, lower: bool) -> float:
-    graph, count = problem.graph, len(problem.topology.devices)
-    degrees = [d for d in range(1, count + 1) if size % d == 0 and (lower or d & (d - 1) == 0)]
-
-    def best(stages: Stages, later: frozenset[int], devices: int) -> float:
-        if not stages:
-            return 0.0
-        return min(
-            (
-                max(
-                    own_stage(problem, size, stages[0], later, d, lower),
-                    best(stages[1:], later | stages[0], devices - d),
-                )
-                for d in degrees
-                if d <= devices
-            ),
-            default=math.inf,
-        )
-
-    everything = frozenset(range(len(graph.operators)))
-    return min(best(found, frozenset(), count) for found in pipelines(graph.successors, everything))
-
-
-@settings(max_examples=40, deadline=None)
-@given(graphs(max_operators=5), st.integers(1, 4), st.sampled_from([1, 4, 6]), st.sampled_from([1e7, 1e11]))
-def test_the_least_bottleneck_under_the_planners_own_costs(graph, devices, size, bandwidth) -> None:
-    cluster = make_cluster(devices, inside=Link(1e-6, bandwidth))
-    problem = Problem(graph, cluster, Roofline(), Options(mini_batch=12, micro_batch=size))
-    lower = own_brute(problem, size, lower=True)
-    assert downset_optimum(problem, size) == pytest.approx(lower, rel=1e-6)
-    sets = downsets(graph.successors, 1000)
-    found = fastest(problem, sets, unit_costs(problem, size), None)
-    assert found is not None
-    assert found.seconds == pytest.approx(own_brute(problem, size, lower=False), rel=1e-6)
-
-
 @settings(max_examples=40, deadline=None)
 @given(graphs(max_operators=8, all_train=True), st.integers(1, 5), st.sampled_from([3e6, 6e6, 1e7, 1e9]))
 def test_plans_are_valid_sequential_pipelines(graph, devices, memory) -> None:
@@ -380,15 +295,6 @@ def test_plans_are_valid_sequential_pipelines(graph, devices, memory) -> None:
     assert held == [min(stages - i, rounds) for i in range(stages)]
 
 
-def test_stages_may_span_branches() -> None:
-    """Three towers on two devices: half a tower each way, which no tree of whole branches gives."""
-    graph = make_graph(towers(3, 2), parameters=0, stash=0)
-    problem = Problem(graph, make_cluster(2), Roofline(), Options(mini_batch=8, max_replicas=1))
-    groups = downset_groups(problem, 1)
-    assert groups is not None
-    assert sorted(len(group.operators) for group in groups) == [3, 4]
-
-
 def test_memory_moves_the_cuts() -> None:
     """The first stages of a chain hold more micro-batches: with little memory they get fewer operators."""
     graph = make_graph(chain(12), parameters=4, stash=1e6, width=1)
@@ -399,19 +305,6 @@ def test_memory_moves_the_cuts() -> None:
     assert [len(stage.operators) for stage in tight.stage_graph.stages] == [3, 4, 5]
     with pytest.raises(PlanError, match="no sequential pipeline fits the 3 devices"):
         plan(graph, make_cluster(3, memory=5e6), Roofline(), options)
-
-
-def test_groups_hold_what_their_own_graph_holds() -> None:
-    """Three chains side by side hold a third of what they hold in a row, and fit where no row of them does."""
-    parents = {f"{c}{i}": f"{c}{i - 1}" if i else "" for c in "abc" for i in range(4)}
-    graph = make_graph(parents, parameters=4, stash=1e6, width=1)
-    options = Options(mini_batch=16, micro_batch=1, max_replicas=1)
-    cluster = make_cluster(6, memory=4.2e6)
-    groups = downset_groups(Problem(graph, cluster, Roofline(), options), 1)
-    assert groups is not None
-    assert sorted(group.operators for group in groups) == [(i, i + 1) for i in range(0, 12, 2)]
-    with pytest.raises(PlanError):
-        plan(graph, cluster, Roofline(), options)
 
 
 def test_operators_that_mix_samples_have_one_replica() -> None:
@@ -439,16 +332,3 @@ def test_too_many_downsets_are_refused_at_once() -> None:
     graph = make_graph(towers(12, 4))
     with pytest.raises(PlanError, match=r"more than 40000 downsets: .* of its 49 operators"):
         plan(graph, make_cluster(8), Roofline(), Options(mini_batch=8))
-    problem = Problem(graph, make_cluster(8), Roofline(), Options(mini_batch=8))
-    assert downset_optimum(problem, 1) is None and downset_groups(problem, 1) is None
-
-
-def test_the_fullest_device_of_groups_fits() -> None:
-    graph = make_graph(towers(3, 3), stash=1e6)
-    for memory in (2e7, 3e7, 6e7):
-        cluster = make_cluster(4, memory=memory)
-        options = Options(mini_batch=16)
-        groups = downset_groups(Problem(graph, cluster, Roofline(), options), 2)
-        if groups is not None:
-            made = assemble(Problem(graph, cluster, Roofline(), options), groups, 2, "x")
-            assert max(device_memory(made)) <= memory
