@@ -17,17 +17,15 @@ chains by stages say more than the area: without messages it costs nothing to cu
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from gpp.cost import CostModel
-from gpp.graph import ComputationGraph
-from gpp.topology import DeviceTopology
+from gpp.plan import Plan
 
 from .bottleneck import bottleneck
 from .estimate import Problem
 from .loads import loads, may_split
-from .options import Options
 from .packing import SAFE, area, unpackable, waiting
 from .round_trip import RoundTrips
 
@@ -36,21 +34,20 @@ EXACT = 1e-7  # share of the step time
 SAME = 1e-6  # of two arguments that say the same, the simpler one is named
 
 
-def bound(
-    graph: ComputationGraph,
-    topology: DeviceTopology,
-    costs: CostModel,
-    options: Options,
-    *,
-    downsets: int = FEW,
-) -> tuple[float, str]:
+def with_bound(problem: Problem, plan: Plan) -> Plan:
+    """The plan with the problem's lower bound."""
+    seconds, _ = bound(problem)
+    return replace(plan, lower_bound=seconds)
+
+
+def bound(problem: Problem, *, downsets: int = FEW) -> tuple[float, str]:
     """Seconds that no step can beat, and what says so: "operator NAME", "path through NAME", "work",
     "packing", "waiting" or "stages".
 
     Asks the cost model O(n divisors(mini_batch)) times; O(n |splits|) for each of about 35 step times; then
     "stages" where the graph has up to `downsets` downsets (equal branches collapsed), O(downsets^2).
     """
-    problem = Problem(graph, topology, costs, options)
+    graph, topology, options = problem.graph, problem.topology, problem.options
     found = loads(problem)
     pieces, shares, devices = found.pieces, found.shares, len(topology.devices)
     trips = RoundTrips(graph, pieces, options.global_norm or graph.loss_weighted)

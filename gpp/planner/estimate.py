@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gpp.cost import CostModel, all_reduce_seconds
 from gpp.graph import ComputationGraph, Operator, Parameter
 from gpp.plan import (
@@ -25,13 +28,14 @@ from gpp.schedule.inflight import in_flight
 from gpp.timing import step_seconds
 from gpp.topology import Device, DeviceTopology
 
-from .intervals import takes_part_in_backward
+from .intervals import operator_seconds, takes_part_in_backward
 from .naming import stage_names
 from .options import Options
 from .placement import place
 from .units import Units, units
 
 if TYPE_CHECKING:
+    from .linear import Line
     from .space import Space
 
 
@@ -78,6 +82,28 @@ class Problem:
         from .space import make_space
 
         return make_space(self)
+
+    @cached_property
+    def line(self) -> "Line":
+        """The model as one line, made once for every micro-batch size."""
+        from .linear import Line
+
+        return Line(self)
+
+    @cached_property
+    def kinds(self) -> tuple[Device, ...]:
+        """The different devices that there are."""
+        return tuple(dict.fromkeys(self.topology.devices))
+
+    def operator_seconds(self, samples: float) -> NDArray[np.float64]:
+        """Those of `gpp.planner.intervals`, on the slowest device; asked once for each size."""
+        if samples not in self._asked:
+            self._asked[samples] = operator_seconds(self.graph, self.costs, self.kinds, samples)
+        return self._asked[samples]
+
+    @cached_property
+    def _asked(self) -> dict[float, NDArray[np.float64]]:
+        return {}
 
 
 def assemble(

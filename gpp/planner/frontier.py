@@ -43,21 +43,25 @@ def frontier(
     seen: set[frozenset[Group]] = set()
     for point in _points(space, micro_batch, memory):
         groups = point.space.groups(point.answer)
-        if len(found) == limit:
-            break
         if frozenset(groups) in seen:
             continue
         seen.add(frozenset(groups))
         if ignore_memory or peak_memory(assemble(space.problem, groups, micro_batch, "")) <= space.memory:
             found.append(groups)
+        if len(found) == limit:
+            break
     return found
 
 
-def _points(space: Space, micro_batch: int, memory: float) -> list[_Point]:
-    first = list(_least(space, micro_batch, memory))
-    others = _Frontier(space, micro_batch, memory, min((p.seconds for p in first), default=float("inf")))
+def _points(space: Space, micro_batch: int, memory: float) -> Iterator[_Point]:
+    """One after the other, for who asks for few needs no more than the first."""
+    best = float("inf")
+    for point in _least(space, micro_batch, memory):
+        best = min(best, point.seconds)
+        yield point
+    others = _Frontier(space, micro_batch, memory, best)
     rest = [point for point in others.points() if point.seconds <= SLACK * others.best]
-    return first + sorted(rest, key=lambda point: point.seconds)
+    yield from sorted(rest, key=lambda point: point.seconds)
 
 
 def _least(space: Space, micro_batch: int, memory: float) -> Iterator[_Point]:

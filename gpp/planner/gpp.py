@@ -18,7 +18,7 @@ from gpp.plan import Choice, Plan, Policy, device_memory
 from gpp.topology import DeviceTopology
 
 from . import graphpipe
-from .bound import bound
+from .bound import with_bound
 from .draft import Drafts, Part
 from .estimate import Problem, assemble, estimated, peak_memory
 from .moves import Parts
@@ -51,8 +51,7 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     best = search.run()
     if best is None:
         raise others.refusals[0]
-    seconds, _ = bound(graph, topology, costs, options)
-    return replace(best, planner=NAME, lower_bound=seconds, choices=tuple(search.choices))
+    return with_bound(problem, replace(best, planner=NAME, choices=tuple(search.choices)))
 
 
 @dataclass(frozen=True, slots=True)

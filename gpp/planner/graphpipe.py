@@ -20,7 +20,7 @@ from gpp.graph import ComputationGraph
 from gpp.plan import Plan
 from gpp.topology import DeviceTopology
 
-from .bound import bound
+from .bound import with_bound
 from .configured import SIZES, configured
 from .estimate import Group, Problem, assemble, busy_seconds, estimated, peak_memory, rough_seconds
 from .frontier import frontier
@@ -45,7 +45,12 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     every one, mostly one to ten of them; then a simulation of the best few.
     """
     problem = Problem(graph, topology, costs, options)
-    space = problem.space
+    return with_bound(problem, answer(problem))
+
+
+def answer(problem: Problem) -> Plan:
+    """The same, without its lower bound."""
+    space, options = problem.space, problem.options
     found = [candidate for size in options.micro_batches for candidate in _candidates(space, size)]
     plans = _configured(space, found)
     if not found and not plans:
@@ -56,8 +61,7 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     chosen = plans[0]
     for other in plans[1:]:
         chosen = other if not _better(chosen, other) else chosen
-    seconds, _ = bound(graph, topology, costs, options)
-    return replace(chosen, lower_bound=seconds)
+    return chosen
 
 
 def bottleneck(problem: Problem, micro_batch: int) -> float:

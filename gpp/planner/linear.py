@@ -7,7 +7,6 @@ stages has in flight. Units of the constraints (`gpp.planner.units`) are never p
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,9 +15,8 @@ from numpy.typing import NDArray
 from gpp.plan import Plan, PlanError, device_memory
 from gpp.schedule.inflight import in_flight
 
-from .bound import bound
 from .estimate import Group, Problem, assemble, busy_seconds, estimated, rough_seconds
-from .intervals import IntervalCosts, Intervals, operator_seconds
+from .intervals import IntervalCosts, Intervals
 
 MANY = 192  # runs from which on neighbours too light to matter are merged
 TOLERANCE = 1e-9  # equal stages differ in the last bits of their sums
@@ -35,8 +33,9 @@ class Line:
     """What is the same for every micro-batch size. With `replicas` a stage may have any of the options'
     degrees, else one device, or what the constraints say."""
 
-    def __init__(self, problem: Problem, *, replicas: bool) -> None:
-        self.problem, self.replicas = problem, replicas
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._found: dict[tuple[int, bool], list[Group] | None] = {}
         self.memory = min(device.memory for device in problem.topology.devices)
         self.devices = len(problem.topology.devices)
         self.runs = _runs(problem)
@@ -46,16 +45,30 @@ class Line:
         self.boundaries = tuple(int(b) for b in np.cumsum([0, *sizes]))
         graph, topology, options = problem.graph, problem.topology, problem.options
         self.costs = IntervalCosts(
-            graph, self.order, self.boundaries, topology, problem.costs, options, problem.units
+            graph,
+            self.order,
+            self.boundaries,
+            topology,
+            problem.costs,
+            options,
+            problem.units,
+            problem.operator_seconds,
         )
 
-    def groups(self, micro_batch: int) -> list[Group] | None:
-        """The stages of least bottleneck, of those with as few stages as may be; None if nothing fits.
+    def groups(self, micro_batch: int, *, replicas: bool) -> list[Group] | None:
+        """The stages of least bottleneck, of those with as few stages as may be; None if nothing fits. Found
+        once for each micro-batch size.
 
         n runs, D degrees, K devices: O(n^2 D) for each of about log2(n^2 D) thresholds, and O(n^2 D) more for
         every stage of the answer; K is no dimension of it.
         """
-        search = _Search(self, micro_batch)
+        key = (micro_batch, replicas)
+        if key not in self._found:
+            self._found[key] = self._stages(micro_batch, replicas)
+        return self._found[key]
+
+    def _stages(self, micro_batch: int, replicas: bool) -> list[Group] | None:
+        search = _Search(self, micro_batch, replicas)
         memory = self.memory
         for _ in range(TRIES):
             stages = search.least(memory, self.memory)
@@ -68,10 +81,10 @@ class Line:
             memory *= min(self.memory / max(device_memory(plan)), 0.98)
         return None
 
-    def shortage(self) -> str:
+    def shortage(self, *, replicas: bool) -> str:
         """Why nothing fits: about the least memory that a plan needs."""
         sizes = self.problem.options.micro_batches
-        need, size = min((_Search(self, s).smallest(), s) for s in sizes)
+        need, size = min((_Search(self, s, replicas).smallest(), s) for s in sizes)
         stages = f"{self.devices} device{'s' if self.devices > 1 else ''}"
         if not np.isfinite(need):
             return (
@@ -85,10 +98,10 @@ class Line:
             "train.mini_batch"
         )
 
-    def allowed(self, degree: int, micro_batch: int) -> NDArray[np.bool_]:
+    def allowed(self, degree: int, micro_batch: int, *, replicas: bool) -> NDArray[np.bool_]:
         """Which intervals may be a stage of so many replicas: [a, b) over boundaries of runs."""
         units = self.problem.units
-        usual = self.problem.options.degrees(micro_batch, self.devices) if self.replicas else (1,)
+        usual = self.problem.options.degrees(micro_batch, self.devices) if replicas else (1,)
         labels = self._count([any(units.labels[u] is not None for u in run) for run in self.runs])
         fixed = [{units.replicas[u] for u in run} - {None} for run in self.runs]
         other = self._count([bool(found - {degree}) for found in fixed])
@@ -106,19 +119,20 @@ class Line:
         return self.order[self.boundaries[start] : self.boundaries[stop]]
 
 
-def best(line: Line, planner: str) -> Plan:
-    """The plan over all micro-batch sizes with the least simulated step time, run as a sequential pipeline.
+def best(line: Line, planner: str, *, replicas: bool) -> Plan:
+    """The plan over all micro-batch sizes with the least simulated step time, run as a sequential pipeline;
+    without its lower bound.
 
     Raises PlanError if none fits.
     """
     problem = line.problem
     found = []
     for size in problem.options.micro_batches:
-        groups = line.groups(size)
+        groups = line.groups(size, replicas=replicas)
         if groups is not None:
             found.append(assemble(problem, groups, size, planner, chained=True))
     if not found:
-        raise PlanError(line.shortage())
+        raise PlanError(line.shortage(replicas=replicas))
     fastest: Plan | None = None
     for plan in sorted(found, key=rough_seconds):
         least = max(busy_seconds(plan), rough_seconds(plan) / ROUGH)
@@ -127,8 +141,7 @@ def best(line: Line, planner: str) -> Plan:
             if fastest is None or plan.estimate < fastest.estimate * (1 - CLOSE):
                 fastest = plan
     assert fastest is not None
-    seconds, _ = bound(problem.graph, problem.topology, problem.costs, problem.options)
-    return replace(fastest, lower_bound=seconds)
+    return fastest
 
 
 def fits(plan: Plan) -> bool:
@@ -141,12 +154,12 @@ def fits(plan: Plan) -> bool:
 class _Search:
     """One micro-batch size. Stages are (start, stop, devices), boundaries of runs."""
 
-    def __init__(self, line: Line, micro_batch: int) -> None:
+    def __init__(self, line: Line, micro_batch: int, replicas: bool) -> None:
         self.line = line
         self.table: Intervals = line.costs.table(micro_batch)
         self.seconds = {}
         for degree, seconds in self.table.seconds.items():
-            allowed = line.allowed(degree, micro_batch)
+            allowed = line.allowed(degree, micro_batch, replicas=replicas)
             if allowed.any():
                 self.seconds[degree] = np.where(allowed, seconds, np.inf)
         self.count = len(line.runs)
@@ -266,8 +279,7 @@ def _runs(problem: Problem) -> list[tuple[int, ...]]:
     runs: list[tuple[int, ...]] = [(u,) for u in range(len(units.members))]
     if len(runs) <= MANY:
         return runs
-    kinds = tuple(dict.fromkeys(problem.topology.devices))
-    work = operator_seconds(graph, problem.costs, kinds, problem.options.micro_batches[-1]).sum(0)
+    work = problem.operator_seconds(problem.options.micro_batches[-1]).sum(0)
     size = np.array([sum(p.bytes for p in op.parameters) for op in graph.operators], dtype=float)
     share = np.maximum(work / (work.sum() or 1.0), size / (size.sum() or 1.0))
     weights = [float(share[list(members)].sum()) for members in units.members]

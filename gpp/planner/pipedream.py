@@ -12,8 +12,9 @@ from gpp.graph import ComputationGraph
 from gpp.plan import Plan
 from gpp.topology import DeviceTopology
 
+from .bound import with_bound
 from .estimate import Group, Problem
-from .linear import Line, best
+from .linear import best
 from .options import Options
 
 NAME = "pipedream"
@@ -25,10 +26,16 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     Raises PlanError if nothing fits. n operators, D degrees, S stages: O(n^2 D (log n + S)) a micro-batch
     size, times the thresholds tried where memory binds; neighbours are merged where there are more than 192.
     """
-    return best(Line(Problem(graph, topology, costs, options), replicas=True), NAME)
+    problem = Problem(graph, topology, costs, options)
+    return with_bound(problem, answer(problem))
+
+
+def answer(problem: Problem) -> Plan:
+    """The same, without its lower bound."""
+    return best(problem.line, NAME, replicas=True)
 
 
 def groups(problem: Problem, micro_batch: int) -> list[Group] | None:
     """The same stages for one micro-batch size, as they may also run on their true stage graph; None: nothing
     fits."""
-    return Line(problem, replicas=True).groups(micro_batch)
+    return problem.line.groups(micro_batch, replicas=True)

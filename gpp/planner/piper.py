@@ -18,7 +18,7 @@ from gpp.graph import ComputationGraph
 from gpp.plan import Plan, PlanError
 from gpp.topology import DeviceTopology
 
-from .bound import bound
+from .bound import with_bound
 from .downset_costs import Branches, Memory, UnitCosts
 from .downset_line import depth_first, line
 from .downset_search import CLOSE, DownsetSearch
@@ -43,6 +43,12 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     memory binds, times the number of devices.
     """
     problem = Problem(graph, topology, costs, options)
+    return with_bound(problem, answer(problem))
+
+
+def answer(problem: Problem) -> Plan:
+    """The same, without its lower bound."""
+    topology, options = problem.topology, problem.options
     sets = downsets(problem.units.successors, LIMIT)
     found = []
     for size in options.micro_batches:
@@ -63,8 +69,7 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
             if best is None or candidate.estimate < best.estimate * (1 - TIE):
                 best = candidate
     assert best is not None
-    seconds, _ = bound(graph, topology, costs, options)
-    return replace(best, lower_bound=seconds)
+    return best
 
 
 @dataclass(frozen=True, slots=True)

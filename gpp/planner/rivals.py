@@ -19,11 +19,11 @@ class Rivals:
 
 
 def rivals(problem: Problem) -> Rivals:
-    """Every planner's answer to the problem."""
+    """Every planner's answer to the problem, without its lower bound."""
     plans, refusals = [], []
     for planner in PLANNERS:
         try:
-            plans.append(planner.plan(problem.graph, problem.topology, problem.costs, problem.options))
+            plans.append(planner.answer(problem))
         except PlanError as error:
             refusals.append(error)
     return Rivals(tuple(plans), tuple(refusals))

@@ -10,8 +10,9 @@ from gpp.graph import ComputationGraph
 from gpp.plan import Plan
 from gpp.topology import DeviceTopology
 
+from .bound import with_bound
 from .estimate import Group, Problem
-from .linear import Line, best
+from .linear import best
 from .options import Options
 
 NAME = "sequential"
@@ -23,10 +24,16 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     Raises PlanError if nothing fits. n operators, S stages: O(n^2 (log n + S)) a micro-batch size; neighbours
     are merged where there are more than 192.
     """
-    return best(Line(Problem(graph, topology, costs, options), replicas=False), NAME)
+    problem = Problem(graph, topology, costs, options)
+    return with_bound(problem, answer(problem))
+
+
+def answer(problem: Problem) -> Plan:
+    """The same, without its lower bound."""
+    return best(problem.line, NAME, replicas=False)
 
 
 def groups(problem: Problem, micro_batch: int) -> list[Group] | None:
     """The same cut for one micro-batch size, as it may also run on its true stage graph; None: nothing
     fits."""
-    return Line(problem, replicas=False).groups(micro_batch)
+    return problem.line.groups(micro_batch, replicas=False)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .estimate import Group, Problem
-from .intervals import IntervalCosts, Intervals, operator_seconds
+from .intervals import IntervalCosts, Intervals
 from .outline import Block, Chain, Outline, outline
 from .series_parallel import decompose
 from .threshold import Answer, Charge, ThresholdSearch
@@ -43,7 +43,6 @@ class Space:
 
     problem: Problem
     outline: Outline
-    original: "Space | None" = None  # of which it is another leaf order
 
     @cached_property
     def costs(self) -> IntervalCosts:
@@ -57,7 +56,7 @@ class Space:
             problem.costs,
             problem.options,
             problem.units,
-            self.original.costs.seconds_of if self.original else None,
+            problem.operator_seconds,
         )
 
     @cached_property
@@ -138,7 +137,7 @@ class Space:
                 tails += range(cut, branch.stop)
             if heads:
                 runs = [*range(block.start), *heads, *tails, *range(block.stop, self.tree.stop)]
-                found.append(Space(self.problem, self._reordered(runs), self))
+                found.append(Space(self.problem, self._reordered(runs)))
         return tuple(found)
 
     def _reordered(self, runs: Iterable[int]) -> Outline:
@@ -155,8 +154,7 @@ class Space:
 def make_space(problem: Problem) -> Space:
     """The space of a problem's units. Where there are many, those too light to matter are merged."""
     graph, units = problem.graph, problem.units
-    kinds = tuple(dict.fromkeys(problem.topology.devices))
-    work = operator_seconds(graph, problem.costs, kinds, problem.options.micro_batches[-1]).sum(0)
+    work = problem.operator_seconds(problem.options.micro_batches[-1]).sum(0)
     static = np.array([sum(p.bytes for p in op.parameters) for op in graph.operators], dtype=float)
     weights = np.maximum(work / (work.sum() or 1.0), static / (static.sum() or 1.0))
     by_unit = [float(sum(weights[i] for i in members)) for members in units.members]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gpp.cost import Roofline, all_reduce_seconds
 from gpp.graph import ComputationGraph
 from gpp.plan import Plan, PlanError, Policy
-from gpp.planner.bound import bound
+from gpp.planner import bound as bounds
 from gpp.planner.estimate import Group, Problem, assemble
 from gpp.planner.loads import loads
 from gpp.planner.options import Constraints, Options
@@ -20,6 +20,10 @@ from gpp.topology import Device, DeviceTopology, Link
 from tests.graphs import chain, graphs, make_cluster, make_graph, towers
 
 FREE = Link(0, float("inf"))
+
+
+def bound(graph: ComputationGraph, topology: DeviceTopology, costs: Roofline, options: Options, **known: int):
+    return bounds.bound(Problem(graph, topology, costs, options), **known)
 
 
 def test_one_device_has_to_do_all_the_work():

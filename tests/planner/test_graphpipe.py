@@ -34,7 +34,7 @@ def planned(graph: ComputationGraph, cluster: DeviceTopology | int, **settings) 
     check(found, lower(found))
     assert plan_from_json(plan_to_json(found)) == found
     assert found.estimate == pytest.approx(simulate(found).step_seconds, rel=1e-9)
-    assert found.lower_bound == bound(graph, cluster, Roofline(), options)[0]
+    assert found.lower_bound == bound(Problem(graph, cluster, Roofline(), options))[0]
     return found
 
 

@@ -107,7 +107,7 @@ def test_many_operators_are_merged_in_time_and_no_heavy_one_is():
     flops = {f"o{i}": 1e9 if i % 100 else 1e11 for i in range(count)}
     graph = make_graph(chain(count), flops=flops)
     problem = Problem(graph, make_cluster(8), Roofline(), Options(mini_batch=64, micro_batch=8))
-    line = Line(problem, replicas=True)
+    line = Line(problem)
     sizes = np.diff(line.boundaries)
     assert len(line.runs) <= MANY
     assert all(sizes[np.searchsorted(line.boundaries, i, "right") - 1] == 1 for i in range(0, count, 100))
