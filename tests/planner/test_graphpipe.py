@@ -11,7 +11,7 @@ from gpp.cost import Roofline
 from gpp.graph import ComputationGraph
 from gpp.plan import Plan, PlanError, Policy, check_plan, plan_from_json, plan_to_json
 from gpp.planner.bound import bound
-from gpp.planner.estimate import peak_memory
+from gpp.planner.estimate import Problem, peak_memory
 from gpp.planner.graphpipe import plan
 from gpp.planner.intervals import IntervalCosts
 from gpp.planner.options import Options
