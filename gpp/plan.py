@@ -224,9 +224,9 @@ class Choice:
 class Plan:
     """Everything needed to schedule, simulate and run one training step.
 
-    `estimate` and `lower_bound` are seconds of one step, `choices` what led from the best other planner's
-    plan to this one. `loss_weighted` and `global_norm` say which scalars
-    all stages must agree on before they update.
+    `estimate` and `lower_bound` are seconds of one step, `bound_by` is the argument that gives the bound, and
+    `choices` are what led from the best other planner's plan to this one. `loss_weighted` and `global_norm`
+    say which scalars all stages must agree on before they update.
     """
 
     stage_graph: StageGraph
@@ -238,6 +238,7 @@ class Plan:
     precision: str = "float32"
     estimate: float = 0.0
     lower_bound: float = 0.0
+    bound_by: str = ""
     loss_weighted: bool = False
     global_norm: bool = False
     choices: tuple[Choice, ...] = ()

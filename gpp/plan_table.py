@@ -8,10 +8,16 @@ from gpp.plan import Choice, Plan, stage_memory
 
 def plan_table(plan: Plan) -> str:
     """A row for every stage (operators, devices, parameters, memory on each device, samples in flight, share
-    of the step that its devices compute), then idle devices, predicted step time, lower bound and gap, and
-    what each of the planner's choices bought."""
+    of the step that its devices compute, and what is special about it if there is such a stage), then idle
+    devices, predicted step time, lower bound and gap, what gives the bound, and what each of the planner's
+    choices bought."""
+    special = _special(plan)
     head = ("stage", "operators", "devices", "parameters", "memory", "in-flight", "share of time")
     rows = [_row(plan, index) for index in range(len(plan.stage_graph.stages))]
+    if any(special):
+        width = max(map(len, special))
+        head = (*head, "special".ljust(width))
+        rows = [(*row, text.ljust(width)) for row, text in zip(rows, special, strict=True)]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
     lines += [_line(row, widths) for row in rows]
@@ -24,15 +30,35 @@ def _row(plan: Plan, index: int) -> tuple[str, ...]:
     rounds = plan.mini_batch // stage.micro_batch
     recompute = seconds.recompute if stage.recompute else 0.0
     busy = rounds * (seconds.forward + recompute + seconds.backward) + seconds.update
+    memory = stage_memory(plan.stage_graph, index, greedy=plan.policy.name == "greedy").total
     return (
         stage.name,
         str(len(stage.operators)),
         device_ranges(stage.devices),
         readable_bytes(stage.parameter_bytes),
-        readable_bytes(stage_memory(plan.stage_graph, index).total),
+        readable_bytes(memory),
         str(stage.in_flight),
         f"{busy / plan.estimate:.0%}" if plan.estimate else "",
     )
+
+
+def _special(plan: Plan) -> list[str]:
+    """For each stage what its schedule and memory have that not every stage has."""
+    stages = plan.stage_graph.stages
+    several = len({stage.micro_batch for stage in stages}) > 1
+    found = []
+    for stage in stages:
+        trailing = stage.weight_lag * stage.micro_batch
+        notes = {
+            f"micro-batch {stage.micro_batch}": several,
+            f"k {stage.k}": stage.k > 1,
+            "forward again": stage.recompute,
+            "optimizer state shared out": stage.shard_optimizer and len(stage.devices) > 1,
+            f"weight half {trailing} later": trailing > 0,
+            "device shared": len(plan.residents[stage.devices[0]]) > 1,
+        }
+        found.append(", ".join(text for text, holds in notes.items() if holds))
+    return found
 
 
 def _summary(plan: Plan) -> list[str]:
@@ -52,7 +78,8 @@ def _summary(plan: Plan) -> list[str]:
         )
         if plan.lower_bound:
             gap = max(plan.estimate / plan.lower_bound - 1, 0.0)
-            line += f"; no plan is faster than {readable_seconds(plan.lower_bound)} (gap {gap:.1%})"
+            line += f"; lower bound {readable_seconds(plan.lower_bound)} (gap {gap:.1%})"
+            line += f" by {plan.bound_by}" if plan.bound_by else ""
         lines.append(line)
     if plan.choices:
         lines.append(f"choices: {_choices(plan.choices)}")

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from gpp.cost import Roofline
-from gpp.plan import Plan, stage_memory
+from gpp.plan import Plan, Policy, device_memory, stage_memory
 from gpp.plan_table import device_ranges, plan_table, readable_bytes, readable_seconds
 from gpp.planner.estimate import Group, Problem, assemble, estimated
 from gpp.planner.options import Options
@@ -57,7 +57,9 @@ def test_what_is_below_the_table():
     full = replace(plan, estimate=0.02)
     assert "predicted step 20 ms, 800 samples/s\n" in plan_table(full)
     bounded = plan_table(replace(full, lower_bound=0.016))
-    assert "; no plan is faster than 16 ms (gap 25.0%)\n" in bounded
+    assert "; lower bound 16 ms (gap 25.0%)\n" in bounded
+    named = plan_table(replace(full, lower_bound=0.016, bound_by="operator join"))
+    assert "; lower bound 16 ms (gap 25.0%) by operator join\n" in named
     assert "idle" not in plan_table(hand_made(4))
 
 
@@ -96,3 +98,31 @@ def test_readable_bytes(size, text):
 )
 def test_readable_seconds(seconds, text):
     assert readable_seconds(seconds) == text
+
+
+def test_what_is_special_about_a_stage():
+    plan = hand_made()
+    assert "special" not in plan_table(plan)
+    left, right, join = plan.stage_graph.stages
+    left = replace(left, recompute=True, weight_lag=2, in_flight=16, micro_batch=2)
+    right = replace(right, shard_optimizer=True, k=2)
+    join = replace(join, shard_optimizer=True, devices=left.devices)  # nothing to share it out over
+    table = plan_table(replace(plan, stage_graph=replace(plan.stage_graph, stages=(left, right, join))))
+    head, _, *rows = table.split("\n\n")[0].splitlines()
+    assert head.endswith("  special")
+    assert [row[head.index("special") :] for row in rows] == [
+        "micro-batch 2, forward again, weight half 4 later, device shared",
+        "micro-batch 4, k 2, optimizer state shared out",
+        "micro-batch 4, device shared",
+    ]
+
+
+def test_memory_is_that_of_the_schedule():
+    plan = hand_made()
+    lagging = tuple(replace(s, weight_lag=1, in_flight=s.in_flight + 4) for s in plan.stage_graph.stages)
+    plan = replace(plan, stage_graph=replace(plan.stage_graph, stages=lagging))
+    greedy = replace(plan, policy=Policy("greedy"))
+    for each in (plan, greedy):
+        shown = [row[4].strip() for row in cells(plan_table(each))[2:]]
+        assert shown == [readable_bytes(device_memory(each)[s.devices[0]]) for s in lagging]
+    assert device_memory(plan) != device_memory(greedy)

@@ -19,7 +19,7 @@ REACH: Mapping[int, float] = {16: 0.72, 32: 0.78, 64: 0.85, 128: 0.87}
 GAPS: Mapping[int, float] = {32: 0.12, 64: 0.12, 128: 0.05}
 
 # What a plan of gpp's says it chose, in this order, after the best other planner's plan.
-CHOICES = ("partition", "micro-batch", "schedule", "memory", "polish", "greedy")
+CHOICES = ("partition", "micro-batch", "schedule", "memory", "polish", "order", "colocate")
 
 
 def asked(model: str, rounds: int) -> Options:

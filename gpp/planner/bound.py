@@ -35,9 +35,9 @@ SAME = 1e-6  # of two arguments that say the same, the simpler one is named
 
 
 def with_bound(problem: Problem, plan: Plan) -> Plan:
-    """The plan with the problem's lower bound."""
-    seconds, _ = bound(problem)
-    return replace(plan, lower_bound=seconds)
+    """The plan with the problem's lower bound, and what gives it."""
+    seconds, which = bound(problem)
+    return replace(plan, lower_bound=seconds, bound_by=which)
 
 
 def bound(problem: Problem, *, downsets: int = FEW) -> tuple[float, str]:

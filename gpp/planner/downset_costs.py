@@ -86,6 +86,7 @@ class SetCosts:
         self.stash = inside @ costs.stash
         self.barred, self.wanted = costs.barred @ inside.T, costs.wanted @ inside.T
         self.labelled = inside @ costs.labelled
+        self.restricted = costs.barred.any(1) | costs.labelled.any() | np.array(costs.only_wanted)
         self.device_seconds = inside @ costs.device_seconds
         self.outside, self.entering = _crossings(costs.links, members, branches)
         self.entered = np.einsum("sf,sf->s", self.outside, self.entering)
@@ -106,6 +107,8 @@ class SetCosts:
 
     def allowed(self, degree: int, larger: Index, smaller: Index) -> NDArray[np.bool_]:
         """Whether a stage may have the degree of this number."""
+        if not self.restricted[degree]:
+            return np.ones(np.broadcast(larger, smaller).shape, dtype=bool)
         ok = self.barred[degree, larger] - self.barred[degree, smaller] == 0
         ok &= self.labelled[larger] - self.labelled[smaller] <= 1
         if self.costs.only_wanted[degree]:
@@ -124,17 +127,30 @@ class SetCosts:
         return np.asarray(time)
 
     def memory(
-        self, rule: Memory, degree: int, larger: Index, smaller: Index, border: Border, level: Index
+        self, rule: Memory, degree: int, larger: Index, smaller: Index, border: Border | None, level: Index
     ) -> Array:
-        """Bytes on each device of a stage; `level` is its place from the end, or the devices up to it."""
+        """Bytes on each device of a stage; `level` is its place from the end, or the devices up to it. Without
+        a `border` what its messages take is left out."""
         static = self.static[larger] - self.static[smaller]
         stash = self.stash[larger] - self.stash[smaller]
         if not rule.by_stages:
             return np.asarray(static + stash * -(-level // self.costs.degrees[degree]))
         held, upstream = rule.held[level], rule.held[level + 1]
+        if border is None:
+            return np.asarray(static + rule.share[degree] * stash * held)
         return np.asarray(
             static + rule.share[degree] * ((stash + border.sent) * held + border.received * upstream)
         )
+
+    def bytes_left(self, rule: Memory, sets: Index, devices: NDArray[np.int32]) -> Array:
+        """[sets, places]: the bytes, of all devices together, that the units outside need at least, of sets
+        on `devices` [sets, places], the place that from the end if memory counts by stages."""
+        static = (self.static[-1] - self.static[sets])[:, None]
+        stash = (self.stash[-1] - self.stash[sets])[:, None]
+        if not rule.by_stages:
+            return np.asarray(static + stash * (devices + 1.0))
+        whole = (rule.share * np.array(self.costs.degrees)).min()
+        return np.asarray(static + stash * whole * rule.held[1 : devices.shape[1] + 1])
 
 
 def _crossings(links: Sequence[Link], members: NDArray[np.bool_], branches: Branches) -> tuple[Array, Array]:

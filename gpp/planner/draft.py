@@ -142,7 +142,7 @@ class Drafts:
             return None
         rank = {number: at for at, number in enumerate(order)}
         places = self.places(tuple(part.devices for part in parts))
-        stages = [self._stage(parts[i], places[i]) for i in order]
+        stages = [self.stage(parts[i], places[i]) for i in order]
         hops, messages = [], []
         for (s, t), (there, back) in sorted(edges.items(), key=lambda e: (rank[e[0][0]], rank[e[0][1]])):
             link = self._link(places[s], places[t])
@@ -169,17 +169,17 @@ class Drafts:
 
     def groups(self, draft: Draft) -> list[Group]:
         """The draft's stages for `estimate.assemble`."""
-        units = self.problem.units
-        return [
-            Group(
-                tuple(sorted(units.operators(sorted(part.units)))),
-                part.devices,
-                recompute=part.recompute,
-                shard_optimizer=part.shard_optimizer,
-                at=place,
-            )
-            for part, place in zip(draft.parts, draft.places, strict=True)
-        ]
+        return [self.group(part, place) for part, place in zip(draft.parts, draft.places, strict=True)]
+
+    def group(self, part: Part, place: tuple[int, ...]) -> Group:
+        """One of them."""
+        return Group(
+            tuple(sorted(self.problem.units.operators(sorted(part.units)))),
+            part.devices,
+            recompute=part.recompute,
+            shard_optimizer=part.shard_optimizer,
+            at=place,
+        )
 
     def parts(self, groups: Sequence[Group]) -> tuple[Part, ...]:
         """Groups, which keep units together, as parts."""
@@ -224,7 +224,8 @@ class Drafts:
             self._links[one, other] = max(links, key=lambda link: (link.seconds(1e6), link.latency))
         return self._links[one, other]
 
-    def _stage(self, part: Part, place: tuple[int, ...]) -> tuple[Beat, Room]:
+    def stage(self, part: Part, place: tuple[int, ...]) -> tuple[Beat, Room]:
+        """A stage on these devices: its times, and its bytes."""
         topology = self.problem.topology
         kinds = tuple(dict.fromkeys(topology.devices[d] for d in place))
         hosts = len({topology.host(d) for d in place})

@@ -207,6 +207,12 @@ def peak_memory(plan: Plan) -> float:
     return max(device_memory(plan))
 
 
+def fits(plan: Plan) -> bool:
+    """Whether every device has the memory that the plan needs there."""
+    devices = plan.topology.devices
+    return all(need <= device.memory for need, device in zip(device_memory(plan), devices, strict=True))
+
+
 def _places(groups: Sequence[Group], topology: DeviceTopology) -> list[tuple[int, ...]]:
     """Devices of every group; those of one slot are placed once."""
     decided = [group.at for group in groups if group.at is not None]

@@ -14,19 +14,22 @@ from functools import cached_property
 
 from gpp.cost import CostModel
 from gpp.graph import ComputationGraph
-from gpp.plan import Choice, Plan, Policy, device_memory
+from gpp.plan import Choice, Plan
 from gpp.topology import DeviceTopology
 
 from . import graphpipe
 from .bound import with_bound
+from .colocate import colocated
 from .draft import Drafts, Part
-from .estimate import Problem, assemble, estimated, peak_memory
+from .estimate import Problem, assemble, estimated, fits, peak_memory
+from .exhaustive import every_partition
 from .moves import Parts
 from .options import Options
 from .polish import Shape, polish, shaped
 from .rhythm import Kind
 from .rivals import Rivals, rivals
 from .rivals import partitions as rival_partitions
+from .schedules import rescheduled
 from .units import check_constraints
 
 NAME = "gpp"
@@ -36,7 +39,6 @@ WORSE = 1.25  # how much slower the plain plan of such a size may be than the be
 STARTS = 4  # shapes that are polished
 TASKS = 1_500_000  # simulated in polishing
 EXACT = 3  # plans that the simulator compares after each choice
-PATIENCE = (0.0, 0.5)  # of greedy orders
 
 
 def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
@@ -94,9 +96,11 @@ class _Search:
             self._settle("memory")
         self._polish()
         self._settle("polish")
-        if self.problem.options.greedy:
-            self._greedy()
-            self._settle("greedy")
+        self._order()
+        self._settle("order")
+        if self.problem.options.colocate:
+            self._colocate()
+            self._settle("colocate")
         return self.best
 
     @cached_property
@@ -143,7 +147,7 @@ class _Search:
         for rival in self.others.plans:
             if {stage.micro_batch for stage in rival.stage_graph.stages} == {drafts.micro_batch}:
                 starts.append(drafts.parts_of(rival))
-        for parts in starts:
+        for parts in (*starts, *every_partition(drafts)):
             self._try(drafts, parts, kind)
 
     def _schedule(self) -> None:
@@ -160,10 +164,7 @@ class _Search:
 
     def _polish(self) -> None:
         """Local search from the best few shapes."""
-        starts: dict[Parts, _Candidate] = {}
-        for candidate in self._ranked():
-            starts.setdefault(_cut(candidate.shape.parts), candidate)
-        for candidate in list(starts.values())[:STARTS]:
+        for candidate in self._distinct()[:STARTS]:
             drafts, shape = candidate.drafts, candidate.shape
             rounds = min(drafts.rounds, 3 * max(shape.rhythm.warms) + 4)
             tries = TASKS // (STARTS * 6 * rounds * len(shape.parts))
@@ -173,17 +174,24 @@ class _Search:
             key = (drafts.micro_batch, candidate.kind, better.parts)
             self.found[key] = _Candidate(drafts, candidate.kind, better)
 
-    def _greedy(self) -> None:
-        """Orders chosen on a clock for the stages of the best shapes, within what they hold anyway."""
-        for candidate in self._ranked()[:EXACT]:
+    def _order(self) -> None:
+        """Other orders for the stages of the best shapes, those chosen on a clock too."""
+        for candidate in self._distinct()[:EXACT]:
             plan = realised(candidate.drafts, candidate.shape)
-            for patience in PATIENCE:
-                greedy = replace(plan, policy=Policy("greedy", patience=patience))
-                if all(
-                    need <= d.memory
-                    for need, d in zip(device_memory(greedy), plan.topology.devices, strict=True)
-                ):
-                    self._offer(estimated(greedy))
+            for other in rescheduled(plan, self.problem.options):
+                self._offer(other)
+
+    def _colocate(self) -> None:
+        """Stages that share devices, from the best shapes."""
+        options = self.problem.options
+        for candidate in self._distinct()[:EXACT]:
+            drafts = candidate.drafts
+            for groups in colocated(drafts, candidate.shape.draft):
+                plan = assemble(self.problem, groups, drafts.micro_batch, NAME)
+                if fits(plan):
+                    self._offer(estimated(plan))
+                for other in rescheduled(plan, options):
+                    self._offer(other)
 
     def _try(self, drafts: Drafts, parts: Parts, kind: Kind, *, spare: bool = False) -> None:
         key = (drafts.micro_batch, kind, parts)
@@ -197,6 +205,13 @@ class _Search:
 
     def _ranked(self) -> list[_Candidate]:
         return sorted(self.found.values(), key=lambda c: c.shape.seconds)
+
+    def _distinct(self) -> list[_Candidate]:
+        """The best of every way to cut the model."""
+        found: dict[tuple[int, Parts], _Candidate] = {}
+        for candidate in self._ranked():
+            found.setdefault((candidate.drafts.micro_batch, _cut(candidate.shape.parts)), candidate)
+        return list(found.values())
 
     def _settle(self, choice: str) -> None:
         """Let the simulator compare the best few, and note what the choice bought."""

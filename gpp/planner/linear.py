@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gpp.plan import Plan, PlanError, device_memory
 from gpp.schedule.inflight import in_flight
 
-from .estimate import Group, Problem, assemble, busy_seconds, estimated, rough_seconds
+from .estimate import Group, Problem, assemble, busy_seconds, estimated, fits, rough_seconds
 from .intervals import IntervalCosts, Intervals
 
 MANY = 192  # runs from which on neighbours too light to matter are merged
@@ -142,13 +142,6 @@ def best(line: Line, planner: str, *, replicas: bool) -> Plan:
                 fastest = plan
     assert fastest is not None
     return fastest
-
-
-def fits(plan: Plan) -> bool:
-    """Whether every device has the memory that the plan needs there."""
-    return all(
-        need <= device.memory for need, device in zip(device_memory(plan), plan.topology.devices, strict=True)
-    )
 
 
 class _Search:

@@ -21,7 +21,8 @@ from gpp.topology import DeviceTopology
 from .bound import with_bound
 from .downset_costs import Branches, Memory, UnitCosts
 from .downset_line import depth_first, line
-from .downset_search import CLOSE, DownsetSearch
+from .downset_pass import CLOSE
+from .downset_search import DownsetSearch
 from .downsets import Downsets, Link, TooManyDownsets, downsets, equal_branches
 from .estimate import Problem, assemble, busy_seconds, estimated, rough_seconds
 from .exact import fitting, unit_costs

@@ -15,7 +15,8 @@ from gpp.formats.piper import PiperInstance, PiperVariant
 from gpp.plan import PlanError
 
 from .downset_costs import Array, Index
-from .downset_search import ANY, CLOSE
+from .downset_pass import CLOSE
+from .downset_search import ANY
 from .downsets import Downsets, contained
 from .options import divisors
 

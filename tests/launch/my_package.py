@@ -24,6 +24,23 @@ class MyNet(nn.Module):
         return F.mse_loss(guess, y), {"mae": (guess - y).abs().mean()}
 
 
+class Towers(nn.Module):
+    """Three towers of two layers, of unequal width."""
+
+    def __init__(self):
+        super().__init__()
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 16), nn.ReLU())
+            for width in (16, 32, 48)
+        )
+        self.head = nn.Linear(48, 1)
+
+    def forward(self, a: Tensor, b: Tensor, y: Tensor):
+        first, second, third = self.towers
+        guess = self.head(torch.cat([first(a), second(b), third(a * b)], 1)).squeeze(1)
+        return F.mse_loss(guess, y), {"mae": (guess - y).abs().mean()}
+
+
 class One(nn.Module):
     """A model of one operator; the number of outputs is an argument."""
 

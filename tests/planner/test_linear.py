@@ -10,7 +10,8 @@ from gpp.plan import PlanError, check_plan, device_memory
 from gpp.planner import pipedream, sequential
 from gpp.planner.estimate import Group, Problem, assemble, estimated
 from gpp.planner.intervals import IntervalCosts
-from gpp.planner.linear import MANY, Line, fits
+from gpp.planner.estimate import fits
+from gpp.planner.linear import MANY, Line
 from gpp.planner.options import Constraints, Options
 from gpp.planner.units import check_constraints
 from gpp.topology import Link
