@@ -7,8 +7,6 @@ each place matters, as all of this adds up over operators: far fewer sets. Exact
 and every single operator; it does not hold where stages share devices.
 """
 
-from itertools import pairwise
-
 import numpy as np
 
 from .downset_costs import UnitCosts
@@ -32,20 +30,15 @@ def bottleneck(problem: Problem, shares: Shares, low: float, limit: int) -> floa
     ]
     links = [Link(u, frozenset({v}), 0.0) for v, us in enumerate(units.predecessors) for u in us]
     branches = equal_branches(links, kinds)
-    needs = [set(vs) for vs in units.successors]
-    for group in branches:
-        for first, second in pairwise(group):
-            for u, v in zip(first, second, strict=True):
-                needs[v].add(u)  # of equal branches the first is always ahead
     try:
-        sets = downsets(needs, limit)
+        sets = downsets(units.successors, limit, branches)
     except TooManyDownsets:
         return None
     costs, devices = _costs(problem, shares), len(problem.topology.devices)
     known = line(costs, depth_first(units.successors), devices, None)
     if known is not None and known.seconds <= low * (1 + CLOSE):
         return low
-    found = DownsetSearch(sets, costs, devices, None, branches).optimum(known, low)
+    found = DownsetSearch(sets, costs, devices).optimum(known, low)
     return None if found is None else max(found.seconds * (1 - CLOSE), low)
 
 

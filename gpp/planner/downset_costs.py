@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .downsets import Link
+from .downsets import Branches, Link, equal_branches
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
-Branches = Sequence[Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,14 @@ class UnitCosts:
     labelled: Array
 
     @property
+    def equal_branches(self) -> Branches:
+        """Groups of branches that may change places."""
+        table = np.vstack(
+            [self.seconds, self.trains, self.static, self.stash, self.barred, self.wanted, self.labelled]
+        )
+        return equal_branches(self.links, [column.tobytes() for column in table.T])
+
+    @property
     def device_seconds(self) -> Array:
         """The least that each unit takes of all devices together."""
         degrees = np.array(self.degrees, dtype=np.float64)[:, None]
@@ -75,8 +82,8 @@ class Border:
 
 
 class SetCosts:
-    """The sums of many sets, `members` [sets, n]. Of equal `branches` a set stands for all ways to permute
-    them, and the larger set of a pair is permuted so that the fewest branches cross the stage."""
+    """The sums of many sets, `members` [sets, n]. Where equal `branches` are collapsed, the larger set of a
+    pair is permuted so that the fewest of them cross the stage."""
 
     def __init__(self, costs: UnitCosts, members: NDArray[np.bool_], branches: Branches = ()) -> None:
         self.costs = costs
@@ -129,8 +136,8 @@ class SetCosts:
     def memory(
         self, rule: Memory, degree: int, larger: Index, smaller: Index, border: Border | None, level: Index
     ) -> Array:
-        """Bytes on each device of a stage; `level` is its place from the end, or the devices up to it. Without
-        a `border` what its messages take is left out."""
+        """Bytes on each device of a stage; `level` is its place from the end, or the devices up to it.
+        Without a `border` what its messages take is left out."""
         static = self.static[larger] - self.static[smaller]
         stash = self.stash[larger] - self.stash[smaller]
         if not rule.by_stages:

@@ -17,8 +17,8 @@ BLOCK = 1 << 20  # pairs looked at in one go
 
 
 class Pass:
-    """`devices` [sets, places] and by which stage each state was reached, the smaller set in `before` and the
-    number of the degree in `degree`. The place is that from the end where memory counts `by_stages`, else 0."""
+    """`devices` [sets, places], and by which stage each state was reached: the smaller set in `before`, the
+    number of its degree in `degree`. The place is that from the end where memory counts by stages, else 0."""
 
     def __init__(
         self, sets: Downsets, sums: SetCosts, devices: int, memory: Memory | None, threshold: float
@@ -62,7 +62,7 @@ class Pass:
 
     def _reach(self, targets: Index, sources: Index, places: Index) -> None:
         """Fill in the rows of `targets`, all of one size, from the states (`sources`, `places`)."""
-        sums, words, work = self.sums, self.sets.words, self.sums.device_seconds
+        words, work = self.sets.words, self.sums.device_seconds
         have = self.devices[sources, places]
         # a stage on all the devices left is the most that a source can be away
         reach = work[sources] + (self.most - have) * (self.threshold * (1 + CLOSE))
@@ -84,7 +84,7 @@ class Pass:
     def _fast(
         self, larger: Index, smaller: Index, have: NDArray[np.int32], place: Index
     ) -> NDArray[np.bool_]:
-        """Whether a stage might be in time and fit with some degree: with the least that crosses its border."""
+        """Whether a stage might be fast enough and fit: with the least that can cross its border."""
         sums, costs = self.sums, self.sums.costs
         crossed = abs(sums.entered[larger] - sums.entered[smaller])
         left = self.most - self.rest[larger] - have

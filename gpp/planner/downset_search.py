@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .downset_costs import Branches, Memory, SetCosts, UnitCosts
+from .downset_costs import Memory, SetCosts, UnitCosts
 from .downset_pass import CLOSE, Pass
 from .downsets import Downsets
 
@@ -36,20 +36,14 @@ class Pipeline:
 
 
 class DownsetSearch:
-    """Stages on at most `devices` devices. Without `memory` nothing limits them. With `branches`, and the
-    sets enumerated so that the first of equal branches is always ahead, exact up to their permutations."""
+    """Stages on at most `devices` devices. Without `memory` nothing limits them. Where the sets' equal
+    branches are collapsed, exact up to their permutations."""
 
     def __init__(
-        self,
-        sets: Downsets,
-        costs: UnitCosts,
-        devices: int,
-        memory: Memory | None = None,
-        branches: Branches = (),
+        self, sets: Downsets, costs: UnitCosts, devices: int, memory: Memory | None = None
     ) -> None:
         self.sets, self.costs, self.devices, self.memory = sets, costs, devices, memory
-        self.branches = branches
-        self.sums = SetCosts(costs, sets.members, branches)
+        self.sums = SetCosts(costs, sets.members, sets.branches)
 
     def optimum(self, known: Pipeline | None = None, low: float = 0.0) -> Pipeline | None:
         """The pipeline of least bottleneck; None if there is none. `known` is one to beat, `low` what none
@@ -110,7 +104,7 @@ class DownsetSearch:
         """The units of a smaller set, its equal branches permuted to lie in `now`, as many as can just as
         they are there."""
         later = set(np.flatnonzero(self.sets.members[source]).tolist())
-        for group in self.branches:
+        for group in self.sets.branches:
             have = [sum(u in now for u in branch) for branch in group]
             want = [sum(u in later for u in branch) for branch in group]
             for branch, size in zip(group, _matched(have, want), strict=True):

@@ -7,6 +7,7 @@ product over its branches (L_i + 1) and more: enumeration has a limit.
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from gpp.plan import PlanError
 
 Words = NDArray[np.uint64]
+Branches = Sequence[Sequence[Sequence[int]]]  # groups of interchangeable chains of units
 
 
 class TooManyDownsets(PlanError):
@@ -34,12 +36,14 @@ class Downsets:
     """All downsets of a graph of `count` units, smallest first.
 
     `words` are [sets, count / 64], bit i of word w for unit 64 w + i; the sets of s units are
-    [levels[s], levels[s + 1]), the first is empty and the last has every unit.
+    [levels[s], levels[s + 1]), the first is empty and the last has every unit. Of equal `branches` the first
+    is always ahead: a set stands for all that permuting them makes of it.
     """
 
     count: int
     words: Words
     levels: tuple[int, ...]
+    branches: Branches = ()
 
     @cached_property
     def members(self) -> NDArray[np.bool_]:
@@ -47,15 +51,16 @@ class Downsets:
         return _unpacked(self.words, self.count)
 
 
-def downsets(needs: Sequence[Iterable[int]], limit: int) -> Downsets:
-    """Every set that holds `needs[v]` of each of its members v. `needs` must be acyclic.
+def downsets(needs: Sequence[Iterable[int]], limit: int, branches: Branches = ()) -> Downsets:
+    """Every set that holds `needs[v]` of each of its members v, equal `branches` collapsed. `needs` must be
+    acyclic.
 
     Each set is made once: from the one without its highest-numbered member that no other needs. O(sets x
     branches) words in O(units x most dependents) array operations. Raises TooManyDownsets above `limit` sets,
     at once when it is passed.
     """
     count = len(needs)
-    wanted = [frozenset(us) for us in needs]
+    wanted = _ahead(needs, branches)
     bit, need = _masks([(v,) for v in range(count)], count), _masks(wanted, count)
     above = _packed(~np.tri(count, dtype=bool))
     dependents: list[list[int]] = [[] for _ in range(count)]
@@ -85,7 +90,17 @@ def downsets(needs: Sequence[Iterable[int]], limit: int) -> Downsets:
             ready[some] |= bit[nth[some]]
         found.append(rows)
         levels.append(levels[-1] + len(rows))
-    return Downsets(count, np.concatenate(found), tuple(levels))
+    return Downsets(count, np.concatenate(found), tuple(levels), branches)
+
+
+def _ahead(needs: Sequence[Iterable[int]], branches: Branches) -> list[frozenset[int]]:
+    """The needs, and of equal branches those of each to come after the one before it."""
+    found = [set(us) for us in needs]
+    for group in branches:
+        for first, second in pairwise(group):
+            for u, v in zip(first, second, strict=True):
+                found[v].add(u)
+    return [frozenset(us) for us in found]
 
 
 def contained(small: Words, large: Words) -> NDArray[np.bool_]:
@@ -96,9 +111,7 @@ def contained(small: Words, large: Words) -> NDArray[np.bool_]:
     return np.asarray(inside)
 
 
-def equal_branches(
-    links: Sequence[Link], kinds: Sequence[Hashable]
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def equal_branches(links: Sequence[Link], kinds: Sequence[Hashable]) -> Branches:
     """Groups of interchangeable branches: chains of units that read and feed the same units outside, those at
     each place of the same kind (whatever a caller takes as equal: all their costs). O(units + links)."""
     before: list[set[int]] = [set() for _ in kinds]

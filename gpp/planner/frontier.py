@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .estimate import Group, assemble, peak_memory
 from .space import CHARGES, Space
-from .threshold import Answer, interval_optimum
+from .threshold import Answer, interval_fewest, interval_optimum
 
 REDUCES = 12  # values of the longest all-reduce that are tried
 SLACK = 1.2  # an estimate this much above the best may still be the fastest
@@ -70,8 +70,11 @@ def _least(space: Space, micro_batch: int, memory: float) -> Iterator[_Point]:
     for chain in (space.tree, space.leaves):
         answers = set()
         for wariness in CHARGES if np.isfinite(memory) else CHARGES[:1]:
-            search = space.search(chain, micro_batch, wariness)
-            answer = search.answer(memory * wariness.part, precision=space.precision)
+            if memory == space.memory:
+                answer = space.least(chain, micro_batch, wariness)
+            else:
+                search = space.search(chain, micro_batch, wariness)
+                answer = search.answer(memory * wariness.part, precision=space.precision)
             if answer is not None and answer not in answers:
                 answers.add(answer)
                 yield _Point(_seconds(space, micro_batch, answer), space, answer)
@@ -90,8 +93,7 @@ class _Frontier:
             for space in (self.space, *self.space.deferred):
                 seconds = _masked(space, self.micro_batch, longest)
                 if space is not self.space:
-                    optimum = interval_optimum(list(seconds.items()), space.devices)
-                    if optimum > least * (1 + COARSE):
+                    if interval_fewest(list(seconds.items()), least * (1 + COARSE)) > space.devices:
                         continue
                 if self.rounds * least + longest > SLACK * self.best:
                     break

@@ -37,7 +37,7 @@ CLOSE = 1e-6  # step times this close are ties
 SIZES = 3  # micro-batch sizes that are searched in depth
 WORSE = 1.25  # how much slower the plain plan of such a size may be than the best
 STARTS = 4  # shapes that are polished
-TASKS = 1_500_000  # simulated in polishing
+TASKS = 1_200_000  # simulated in polishing
 EXACT = 3  # plans that the simulator compares after each choice
 
 

@@ -104,8 +104,7 @@ def _in_memory(space: Space, chain: Chain, micro_batch: int) -> list[_Candidate]
     least = 0.0
     for wariness in (*CHARGES, *HOPES):
         search = space.search(chain, micro_batch, wariness)
-        within = (least if wariness in CHARGES else 0.0, float("inf"))
-        answer = search.answer(space.memory * wariness.part, within=within, precision=space.precision)
+        answer = space.least(chain, micro_batch, wariness, least if wariness in CHARGES else 0.0)
         if answer is not None:
             found = assemble(space.problem, space.groups(answer), micro_batch, NAME)
             if peak_memory(found) <= space.memory:

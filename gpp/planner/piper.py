@@ -8,7 +8,6 @@ instances under Piper's own formulas, of which its published code is the source.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from gpp.plan import Plan, PlanError
 from gpp.topology import DeviceTopology
 
 from .bound import with_bound
-from .downset_costs import Branches, Memory, UnitCosts
+from .downset_costs import Memory, UnitCosts
 from .downset_line import depth_first, line
 from .downset_pass import CLOSE
 from .downset_search import DownsetSearch
@@ -36,24 +35,35 @@ ROUGH = 1.15  # the rough step time is at most this factor above the simulated o
 TIE = 1e-6  # step times this close are ties
 
 
-def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
+def plan(
+    graph: ComputationGraph,
+    topology: DeviceTopology,
+    costs: CostModel,
+    options: Options,
+    *,
+    collapse: bool = False,
+) -> Plan:
     """The plan for one training step, a sequential pipeline; its micro-batch size by simulated step time.
 
-    Raises PlanError for a graph of too many downsets, at once, and if no pipeline fits the devices' memory.
-    S downsets in P nested pairs, D degrees: O(S^2 / 64 + P D) for each of a few passes a micro-batch size; if
-    memory binds, times the number of devices.
+    With `collapse` equal branches are not told apart: far fewer downsets, and the answer the same up to
+    permuting them. Raises PlanError for a graph of too many downsets, at once, and if no pipeline fits the
+    devices' memory. S downsets in P nested pairs, D degrees: O(S^2 / 64 + P D) for each of a few passes a
+    micro-batch size; if memory binds, at most times the number of devices.
     """
     problem = Problem(graph, topology, costs, options)
-    return with_bound(problem, answer(problem))
+    return with_bound(problem, answer(problem, collapse=collapse))
 
 
-def answer(problem: Problem) -> Plan:
+def answer(problem: Problem, *, collapse: bool = False) -> Plan:
     """The same, without its lower bound."""
     topology, options = problem.topology, problem.options
-    sets = downsets(problem.units.successors, LIMIT)
     found = []
+    sets: Downsets | None = None
     for size in options.micro_batches:
-        groups = fitting(problem, sets, unit_costs(problem, size), size, chained=True)
+        unit = unit_costs(problem, size)
+        if sets is None or collapse:
+            sets = downsets(problem.units.successors, LIMIT, unit.equal_branches if collapse else ())
+        groups = fitting(problem, sets, unit, size, chained=True)
         if groups is not None:
             found.append(assemble(problem, groups, size, NAME, chained=True))
     if not found:
@@ -160,12 +170,11 @@ def solve(
 
 @dataclass(frozen=True, slots=True)
 class _Space:
-    """All downsets, grown from the sinks, and the equal branches that they do not tell apart."""
+    """All downsets, grown from the sinks."""
 
     sets: Downsets
     needs: tuple[tuple[int, ...], ...]
     links: tuple[Link, ...]
-    branches: Branches
 
 
 # which of a node's variants: the fastest, or the one with the least memory
@@ -194,12 +203,8 @@ def _space(
     links = tuple(Link(u, frozenset([v]), 2 * size) for (u, v), size in instance.edges.items())
     alike = [tuple((v.seconds, v.parameter_bytes, v.slope, v.base) for v in found) for found in variants]
     branches = equal_branches(links, alike) if collapse else ()
-    ahead = [set(found) for found in needs]
-    for group in branches:
-        for first, second in pairwise(group):
-            for u, v in zip(first, second, strict=True):
-                ahead[v].add(u)
-    return _Space(downsets(ahead, limit), tuple(tuple(sorted(found)) for found in needs), links, branches)
+    sets = downsets(needs, limit, branches)
+    return _Space(sets, tuple(tuple(sorted(found)) for found in needs), links)
 
 
 def _plain(
@@ -228,7 +233,7 @@ def _plain(
     costs = _costs(instance, chosen, degrees, links)
     memory = Memory(instance.memory, False, np.ones(len(degrees)), np.zeros(0))
     first = line(costs, depth_first(space.needs), count, memory)
-    found = DownsetSearch(sets, costs, count, memory, space.branches).optimum(first)
+    found = DownsetSearch(sets, costs, count, memory).optimum(first)
     if found is None:
         return Answer(np.inf, (), len(sets.words))
     stages = [

@@ -113,6 +113,26 @@ class Space:
         charge = Charge(options.policy, options.mini_batch // micro_batch, wariness.margin, wariness.wary)
         return ThresholdSearch(chain, self.table(micro_batch), self.devices, charge, seconds)
 
+    def least(
+        self,
+        chain: Chain,
+        micro_batch: int,
+        wariness: Wariness = CHARGES[0],
+        above: float = 0.0,
+    ) -> Answer | None:
+        """The least bottleneck of one of the two forms, `above` seconds at least, within the devices' memory as
+        it is charged; found once."""
+        key = (chain is self.leaves, micro_batch, wariness, above)
+        if key not in self._answers:
+            self._answers[key] = self.search(chain, micro_batch, wariness).answer(
+                self.memory * wariness.part, within=(above, float("inf")), precision=self.precision
+            )
+        return self._answers[key]
+
+    @cached_property
+    def _answers(self) -> dict[tuple[bool, int, Wariness, float], Answer | None]:
+        return {}
+
     def groups(self, answer: Answer) -> list[Group]:
         """The stages of an answer, in the leaf order."""
         stages = sorted(answer.stages, key=lambda stage: stage.start)

@@ -262,20 +262,25 @@ def interval_optimum(seconds: list[tuple[int, NDArray[np.float64]]], devices: in
     return float(best[0, devices])
 
 
-def _by_bisection(seconds: list[tuple[int, NDArray[np.float64]]], devices: int) -> float:
+def interval_fewest(seconds: list[tuple[int, NDArray[np.float64]]], limit: float) -> int:
+    """The fewest devices of any partition into intervals that each take no longer than `limit`. O(n^2
+    |degrees|)."""
     n = seconds[0][1].shape[0] - 1
-    descending = sorted(seconds, key=lambda pair: -pair[0])
+    degrees = np.full((n + 1, n + 1), INF)
+    for degree, time in sorted(seconds, key=lambda pair: -pair[0]):
+        degrees[time <= limit] = degree
+    need = np.zeros(n + 1, dtype=degrees.dtype)
+    for a in reversed(range(n)):
+        need[a] = (degrees[a, a + 1 :] + need[a + 1 :]).min()
+    return int(need[0])
+
+
+def _by_bisection(seconds: list[tuple[int, NDArray[np.float64]]], devices: int) -> float:
     low = at_least([time for _, time in seconds])
     times = np.unique(np.concatenate([t[(t >= low) & np.isfinite(t)] for _, t in seconds]))
 
     def enough(limit: float) -> bool:
-        degrees = np.full((n + 1, n + 1), INF)
-        for degree, time in descending:
-            degrees[time <= limit] = degree
-        need = np.zeros(n + 1, dtype=degrees.dtype)
-        for a in reversed(range(n)):
-            need[a] = (degrees[a, a + 1 :] + need[a + 1 :]).min()
-        return bool(need[0] <= devices)
+        return interval_fewest(seconds, limit) <= devices
 
     if not len(times) or not enough(float(times[-1])):
         return float("inf")
