@@ -39,9 +39,7 @@ class DownsetSearch:
     """Stages on at most `devices` devices. Without `memory` nothing limits them. Where the sets' equal
     branches are collapsed, exact up to their permutations."""
 
-    def __init__(
-        self, sets: Downsets, costs: UnitCosts, devices: int, memory: Memory | None = None
-    ) -> None:
+    def __init__(self, sets: Downsets, costs: UnitCosts, devices: int, memory: Memory | None = None) -> None:
         self.sets, self.costs, self.devices, self.memory = sets, costs, devices, memory
         self.sums = SetCosts(costs, sets.members, sets.branches)
 
@@ -50,7 +48,7 @@ class DownsetSearch:
         can beat. One or two passes as a rule, each as `Pass.run`.
         """
         total = float(self.sums.device_seconds[-1])
-        if not np.isfinite(total):
+        if not np.isfinite(total) or not self._each_fits():
             return None
         best = known
         if best is not None and best.seconds <= low * (1 + CLOSE):
@@ -83,6 +81,13 @@ class DownsetSearch:
         """A pipeline with no stage slower than `threshold`; None if there is none."""
         found = Pass(self.sets, self.sums, self.devices, self.memory, threshold)
         return self._traced(found) if found.run() else None
+
+    def _each_fits(self) -> bool:
+        """Whether no unit is too large for any stage."""
+        if self.memory is None:
+            return True
+        held = self.memory.share.min() * self.memory.held[1] if self.memory.by_stages else 1.0
+        return bool((self.costs.static + self.costs.stash * held).max() <= self.memory.limit)
 
     def _traced(self, found: Pass) -> Pipeline:
         """The stages, and the time of the slowest."""

@@ -234,8 +234,12 @@ class _Search:
         need = np.full(self.count + 1, INF, dtype=np.int32)
         need[-1] = 0
         needs = [need]
+        anywhere = all(((found == 0) | (found >= self.depth)).all() for found in fits.values())
+        devices = self._devices(threshold, fits, 1)
         for position in range(1, self.depth + 1):
-            need = np.minimum(INF, (self._devices(threshold, fits, position) + need).min(1))
+            if position > 1 and not anywhere:
+                devices = self._devices(threshold, fits, position)
+            need = np.minimum(INF, (devices + need).min(1))
             needs.append(need)
             if need[0] <= self.line.devices:
                 return self._trace(threshold, fits, needs)

@@ -33,7 +33,7 @@ class Options:
     What a planner may choose, where it can: `stage_micro_batches` (every stage its own micro-batch size) and
     `bursts` (the k of kFkB) for `graphpipe`; for `gpp` schedules other than `policy` (`eager`,
     `split_backward`, `greedy`), `recompute` of some stages, `shard_optimizer` over replicas, and `colocate`,
-    several light stages on one device.
+    several light stages on one device. `collapse` lets `piper` not tell equal branches apart.
     """
 
     mini_batch: int
@@ -52,6 +52,7 @@ class Options:
     recompute: bool = False
     shard_optimizer: bool = False
     colocate: bool = False
+    collapse: bool = False
 
     def __post_init__(self) -> None:
         if self.mini_batch < 1:

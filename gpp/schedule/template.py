@@ -146,7 +146,7 @@ def by_time(p: Pipeline, *, split: bool = False, spare: int = 0) -> tuple[int, .
     held = [b] * len(least)
     for u in reversed(range(len(least))):
         turn = loops[u] + p.input[u] + p.weight[u]
-        count = math.ceil(turn / period - 1e-9) + spare
+        count = max(math.ceil(turn / period - 1e-9) + spare, 1)
         held[u] = min(max([count * b, *(held[d] for d, _ in p.below[u])]), least[u])
     return tuple(held)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpp.formats import read_profile
@@ -32,6 +32,7 @@ def tower_needs(branches: int, layers: int) -> list[list[int]]:
     return needs
 
 
+@settings(max_examples=60, deadline=None)
 @given(parent_lists(max_operators=9), st.randoms(use_true_random=False))
 def test_every_downset_once_by_size(parents, random) -> None:
     number = list(range(len(parents)))
@@ -78,15 +79,13 @@ def test_equal_branches_are_chains_with_the_same_neighbours() -> None:
 
 @pytest.mark.parametrize(("branches", "layers"), [(3, 2), (4, 3), (7, 5)])
 def test_equal_branches_leave_multisets(branches: int, layers: int) -> None:
-    needs = tower_needs(branches, layers)
-    for branch in range(1, branches):
-        for layer in range(layers):
-            needs[branch * layers + layer].append((branch - 1) * layers + layer)
-    found = len(downsets(needs, 1 << 20).words)
+    group = tuple(tuple(range(b * layers, (b + 1) * layers)) for b in range(branches))
+    found = len(downsets(tower_needs(branches, layers), 1 << 20, (group,)).words)
     positions = range(layers + 1)
     assert found == 1 + sum(1 for _ in itertools.combinations_with_replacement(positions, branches))
 
 
+@settings(deadline=None)
 @given(parent_lists())
 def test_depth_first_respects_the_order(parents) -> None:
     order = depth_first(parents)

@@ -8,7 +8,7 @@ from gpp.cost import Roofline, all_reduce_seconds
 from gpp.plan import PlanError, device_memory
 from gpp.planner.downsets import downsets
 from gpp.planner.estimate import Problem, assemble
-from gpp.planner.exact import downset_groups, downset_optimum, fastest, unit_costs
+from gpp.planner.exact import downset_groups, downset_optimum, fastest, memory_rule, unit_costs
 from gpp.planner.options import Options
 from gpp.planner.piper import plan
 from gpp.topology import Link
@@ -34,42 +34,63 @@ def own_stage(
     if trained:
         time += (all_reduce_seconds(trained, d, link) + costs.update(trained, device)) / rounds
     if not lower:
-        received = sent = 0.0
-        for name, tensor in graph.tensors.items():
-            source = graph.producer[name]
-            readers = {i for i, op in enumerate(graph.operators) if name in op.inputs}
-            crossing = tensor.bytes * (1 + tensor.needs_grad)
-            if source in stage and readers & later:
-                sent += crossing
-            if source not in stage | later and readers & stage and not readers & later:
-                received += crossing
+        received, sent = crossing(problem, stage, later)
         time += (
             2 * link.latency * ((received > 0) + (sent > 0)) + (received + sent) * size / d / link.bandwidth
         )
     return time
 
 
-def own_brute(problem: Problem, size: int, *, lower: bool) -> float:
+def crossing(problem: Problem, stage: frozenset[int], later: frozenset[int]) -> tuple[float, float]:
+    """Bytes of a sample into and out of a stage, there and back."""
+    graph = problem.graph
+    received = sent = 0.0
+    for name, tensor in graph.tensors.items():
+        source = graph.producer[name]
+        readers = {i for i, op in enumerate(graph.operators) if name in op.inputs}
+        size = tensor.bytes * (1 + tensor.needs_grad)
+        if source in stage and readers & later:
+            sent += size
+        if source not in stage | later and readers & stage and not readers & later:
+            received += size
+    return received, sent
+
+
+def own_memory(
+    problem: Problem, size: int, stage: frozenset[int], later: frozenset[int], place: int, d: int
+) -> float:
+    """Bytes of a stage with so many stages from it to the end, under 1F1B."""
+    rounds = problem.options.mini_batch // size
+    ops = [problem.graph.operators[i] for i in sorted(stage)]
+    received, sent = crossing(problem, stage, later)
+    held, upstream = min(place, rounds), min(place + 1, rounds)
+    trained = sum(p.bytes for op in ops for p in op.parameters if p.trainable)
+    static = sum(p.bytes for op in ops for p in op.parameters) + sum(op.buffer_bytes for op in ops)
+    static += (1 + problem.options.optimizer_factor) * trained
+    return static + size / d * ((sum(op.stash for op in ops) + sent) * held + received * upstream)
+
+
+def own_brute(problem: Problem, size: int, *, lower: bool, memory: float = math.inf) -> float:
     graph, count = problem.graph, len(problem.topology.devices)
     degrees = [d for d in range(1, count + 1) if size % d == 0 and (lower or d & (d - 1) == 0)]
 
-    def best(stages: Stages, later: frozenset[int], devices: int) -> float:
+    def best(stages: Stages, later: frozenset[int], devices: int, place: int) -> float:
         if not stages:
             return 0.0
         return min(
             (
                 max(
                     own_stage(problem, size, stages[0], later, d, lower),
-                    best(stages[1:], later | stages[0], devices - d),
+                    best(stages[1:], later | stages[0], devices - d, place + 1),
                 )
                 for d in degrees
-                if d <= devices
+                if d <= devices and own_memory(problem, size, stages[0], later, place, d) <= memory
             ),
             default=math.inf,
         )
 
     everything = frozenset(range(len(graph.operators)))
-    return min(best(found, frozenset(), count) for found in pipelines(graph.successors, everything))
+    return min(best(found, frozenset(), count, 1) for found in pipelines(graph.successors, everything))
 
 
 @settings(max_examples=40, deadline=None)
@@ -83,6 +104,41 @@ def test_the_least_bottleneck_under_the_planners_own_costs(graph, devices, size,
     found = fastest(problem, sets, unit_costs(problem, size), None)
     assert found is not None
     assert found.seconds == pytest.approx(own_brute(problem, size, lower=False), rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    graphs(max_operators=5),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 6]),
+    st.floats(0.1, 0.9),
+)
+def test_memory_counts_the_stages_behind(graph, devices, size, part) -> None:
+    problem = Problem(graph, make_cluster(devices), Roofline(), Options(mini_batch=12, micro_batch=size))
+    everything = frozenset(range(len(graph.operators)))
+    memory = part * own_memory(problem, size, everything, frozenset(), 12, 1)
+    rule = memory_rule(problem, size, memory, devices)
+    found = fastest(problem, downsets(graph.successors, 1000), unit_costs(problem, size), rule)
+    least = own_brute(problem, size, lower=False, memory=memory)
+    assert (math.inf if found is None else found.seconds) == pytest.approx(least, rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 3), st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2]), st.floats(0.1, 1.0))
+def test_equal_branches_collapsed_are_the_same_answer(branches, layers, devices, size, part) -> None:
+    graph = make_graph(towers(branches, layers), stash=1e6)
+    problem = Problem(graph, make_cluster(devices), Roofline(), Options(mini_batch=8, micro_batch=size))
+    everything = frozenset(range(len(graph.operators)))
+    rule = memory_rule(
+        problem, size, part * own_memory(problem, size, everything, frozenset(), 8, 1), devices
+    )
+    costs = unit_costs(problem, size)
+    sets = downsets(graph.successors, 1000)
+    fewer = downsets(graph.successors, 1000, costs.equal_branches)
+    assert len(fewer.words) < len(sets.words)
+    answers = [fastest(problem, found, costs, rule) for found in (sets, fewer)]
+    seconds = [math.inf if found is None else found.seconds for found in answers]
+    assert seconds[1] == pytest.approx(seconds[0], rel=1e-9)
 
 
 def test_stages_may_span_branches() -> None:

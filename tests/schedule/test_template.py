@@ -126,3 +126,9 @@ def test_what_recomputes_does_so_in_the_input_half_and_what_is_frozen_takes_no_t
     p = pipeline(make_plan(chain(3), [1] * 3, 4, seconds=seconds, recompute=[1], frozen=[0], orders=[(1, 2)]))
     assert p.input == (0.0, 6.0, 2.0) and p.weight == (0.0, 3.0, 3.0)
     assert p.frozen == {0} and p.silent == {(0, 1)}
+
+
+def test_a_stage_without_work_holds_a_micro_batch_too():
+    seconds = [StageSeconds(0.0, 0.0, 0.0), StageSeconds(1.0, 1.0, 1.0)]
+    plan = make_plan([], [2, 2], 8, seconds=seconds)
+    assert min(by_time(pipeline(plan))) == 2
