@@ -21,7 +21,7 @@ from .estimate import Group, Problem, assemble
 from .intervals import operator_seconds
 from .options import divisors
 
-FEW = 2000  # downsets up to which the search takes milliseconds
+FEW = 3000  # downsets up to which the search takes a moment
 TRIES = 4  # at a smaller share of the memory, where skip edges hold more than a chain's would
 
 
@@ -33,10 +33,10 @@ def downset_optimum(problem: Problem, micro_batch: int, *, limit: int = FEW) -> 
     stage a device and this micro-batch size for all of them takes less than as many of it as it has
     micro-batches. Of unequal devices the fastest counts.
     """
-    sets = _sets(problem, limit)
+    costs = unit_costs(problem, micro_batch, lower=True)
+    sets = _sets(problem, limit, costs)
     if sets is None:
         return None
-    costs = unit_costs(problem, micro_batch, lower=True)
     found = fastest(problem, sets, costs, None)
     return None if found is None else found.seconds
 
@@ -48,10 +48,9 @@ def downset_groups(problem: Problem, micro_batch: int, *, limit: int = FEW) -> l
     Memory is that of the plan's own stage graph: what a pipeline of so many stages in a row would hold is
     charged only as far as plans turn out too large without.
     """
-    sets = _sets(problem, limit)
-    if sets is None:
-        return None
-    return fitting(problem, sets, unit_costs(problem, micro_batch), micro_batch, chained=False)
+    costs = unit_costs(problem, micro_batch)
+    sets = _sets(problem, limit, costs)
+    return None if sets is None else fitting(problem, sets, costs, micro_batch, chained=False)
 
 
 def fitting(
@@ -164,9 +163,10 @@ def unit_costs(problem: Problem, micro_batch: int, *, lower: bool = False) -> Un
     )
 
 
-def _sets(problem: Problem, limit: int) -> Downsets | None:
+def _sets(problem: Problem, limit: int, costs: UnitCosts) -> Downsets | None:
+    """Equal branches are not told apart: permuting them changes no bottleneck."""
     try:
-        return downsets(problem.units.successors, limit)
+        return downsets(problem.units.successors, limit, costs.equal_branches)
     except TooManyDownsets:
         return None
 

@@ -54,15 +54,15 @@ def plan(
     return with_bound(problem, answer(problem, collapse=collapse))
 
 
-def answer(problem: Problem, *, collapse: bool = False) -> Plan:
-    """The same, without its lower bound."""
+def answer(problem: Problem, *, collapse: bool = False, limit: int = LIMIT) -> Plan:
+    """The same, without its lower bound, for up to `limit` downsets."""
     topology, options = problem.topology, problem.options
     found = []
     sets: Downsets | None = None
     for size in options.micro_batches:
         unit = unit_costs(problem, size)
         if sets is None or collapse:
-            sets = downsets(problem.units.successors, LIMIT, unit.equal_branches if collapse else ())
+            sets = downsets(problem.units.successors, limit, unit.equal_branches if collapse else ())
         groups = fitting(problem, sets, unit, size, chained=True)
         if groups is not None:
             found.append(assemble(problem, groups, size, NAME, chained=True))

@@ -1,18 +1,25 @@
 """The other planners' plans, under the same options: what the search starts from and has to beat."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from gpp.plan import Plan, PlanError
 
-from . import exact, graphpipe, pipedream, sequential
+from . import exact, graphpipe, pipedream, piper, sequential
 from .estimate import Group, Problem
 
-PLANNERS = (graphpipe, pipedream, sequential)
+ANSWERS: tuple[Callable[[Problem], Plan], ...] = (
+    graphpipe.answer,
+    pipedream.answer,
+    sequential.answer,
+    partial(piper.answer, collapse=True, limit=exact.FEW),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Rivals:
-    """Their plans, in the order of `PLANNERS`, and what those without one say."""
+    """Their plans, in the order of `ANSWERS`, and what those without one say."""
 
     plans: tuple[Plan, ...]
     refusals: tuple[PlanError, ...]
@@ -21,9 +28,9 @@ class Rivals:
 def rivals(problem: Problem) -> Rivals:
     """Every planner's answer to the problem, without its lower bound."""
     plans, refusals = [], []
-    for planner in PLANNERS:
+    for answer in ANSWERS:
         try:
-            plans.append(planner.answer(problem))
+            plans.append(answer(problem))
         except PlanError as error:
             refusals.append(error)
     return Rivals(tuple(plans), tuple(refusals))

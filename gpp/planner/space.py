@@ -120,8 +120,8 @@ class Space:
         wariness: Wariness = CHARGES[0],
         above: float = 0.0,
     ) -> Answer | None:
-        """The least bottleneck of one of the two forms, `above` seconds at least, within the devices' memory as
-        it is charged; found once."""
+        """The least bottleneck of one of the two forms, `above` seconds at least, within the devices' memory
+        as it is charged; found once."""
         key = (chain is self.leaves, micro_batch, wariness, above)
         if key not in self._answers:
             self._answers[key] = self.search(chain, micro_batch, wariness).answer(

@@ -165,7 +165,7 @@ def test_groups_hold_what_their_own_graph_holds() -> None:
 
 def test_too_many_downsets_have_no_answer() -> None:
     problem = Problem(make_graph(towers(12, 4)), make_cluster(8), Roofline(), Options(mini_batch=8))
-    assert downset_optimum(problem, 1) is None and downset_groups(problem, 1) is None
+    assert downset_optimum(problem, 1, limit=1000) is None and downset_groups(problem, 1, limit=1000) is None
 
 
 def test_the_fullest_device_of_groups_fits() -> None:
