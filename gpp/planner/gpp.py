@@ -25,6 +25,7 @@ from .estimate import Problem, assemble, estimated, fits, peak_memory
 from .exhaustive import every_partition
 from .moves import Parts
 from .options import Options
+from .places import matters, placed
 from .polish import Shape, polish, shaped
 from .rhythm import Kind
 from .rivals import Rivals, rivals
@@ -169,6 +170,8 @@ class _Search:
             rounds = min(drafts.rounds, 3 * max(shape.rhythm.warms) + 4)
             tries = TASKS // (STARTS * 6 * rounds * len(shape.parts))
             better = polish(drafts, shape, candidate.kind, tries, spare=self._spare)
+            if matters(drafts):
+                better = placed(drafts, better, candidate.kind, tries // 4, spare=self._spare)
             for kind in self._kinds:
                 self._try(drafts, better.parts, kind)
             key = (drafts.micro_batch, candidate.kind, better.parts)

@@ -1,5 +1,7 @@
 """A plan with other schedules, as far as its devices' memory goes: what the simulator compares last."""
 
+import math
+
 from gpp.plan import Plan, Stage, device_memory
 from gpp.schedule.choices import candidates
 from gpp.schedule.task import ScheduleError
@@ -54,7 +56,8 @@ def room(plan: Plan) -> list[int]:
         each = _micro_batch_bytes(plan, index, stage)
         held = stage.in_flight // stage.micro_batch
         most = plan.mini_batch // stage.micro_batch
-        found.append(max(min(held + int(left // each), most), 1) if each > 0 else most)
+        bounded = each > 0 and math.isfinite(left)
+        found.append(max(min(held + int(left // each), most), 1) if bounded else most)
     return found
 
 

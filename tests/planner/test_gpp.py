@@ -1,4 +1,6 @@
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -7,16 +9,16 @@ from hypothesis import strategies as st
 from gpp.cost import Roofline
 from gpp.graph import ComputationGraph
 from gpp.plan import Plan, PlanError, check_plan, plan_from_json, plan_to_json
-from gpp.planner import gpp, graphpipe, pipedream, sequential
-from gpp.planner.estimate import peak_memory
+from gpp.planner import gpp, graphpipe, pipedream, piper, sequential
+from gpp.planner.estimate import Group, Problem, assemble, estimated, peak_memory
 from gpp.planner.options import Constraints, Options
 from gpp.schedule.check import check
 from gpp.schedule.lower import lower
 from gpp.simulate import simulate
 from gpp.topology import DeviceTopology, Link
-from tests.graphs import graphs, make_cluster, make_graph, towers
+from tests.graphs import chain, graphs, make_cluster, make_graph, towers
 
-ALL = {"eager": True, "split_backward": True, "greedy": True, "recompute": True, "shard_optimizer": True}
+ALL = dict.fromkeys(("eager", "split_backward", "greedy", "recompute", "shard_optimizer", "colocate"), True)
 SLOW = Link(1e-5, 1e9)
 
 
@@ -49,6 +51,70 @@ def test_never_worse_than_any_rival(data):
     for rival in (graphpipe, pipedream, sequential):
         other = rival.plan(graph, cluster, Roofline(), options)
         assert found.estimate <= other.estimate * (1 + 2e-6)
+
+
+def every_plan(graph: ComputationGraph, cluster: DeviceTopology, options: Options) -> Iterator[Plan]:
+    """All partitions into stages that are a plan, with all numbers of replicas."""
+    count = len(graph.operators)
+    problem = Problem(graph, cluster, Roofline(), options)
+    (size,) = options.micro_batches
+    for labels in product(range(min(count, len(cluster.devices))), repeat=count):
+        used = list(dict.fromkeys(labels))
+        if used != sorted(used):
+            continue  # the same with other names
+        stages = [tuple(i for i in range(count) if labels[i] == s) for s in used]
+        for degrees in product(options.degrees(size, len(cluster.devices)), repeat=len(stages)):
+            coupled = [any(graph.operators[i].batch_coupled for i in stage) for stage in stages]
+            if sum(degrees) > len(cluster.devices) or any(
+                c and d > 1 for c, d in zip(coupled, degrees, strict=True)
+            ):
+                continue
+            groups = [Group(stage, d) for stage, d in zip(stages, degrees, strict=True)]
+            try:
+                yield estimated(assemble(problem, groups, size, "brute"))
+            except PlanError:
+                break  # stages that wait for each other
+
+
+@settings(max_examples=20, deadline=None)
+@given(graphs(max_operators=6, all_train=True), st.integers(1, 4), st.sampled_from([1, 2, 4]))
+def test_the_best_of_all_plans_of_a_small_model(graph, devices, size):
+    cluster = make_cluster(devices, inside=SLOW)
+    options = Options(mini_batch=4 * size, micro_batch=size)
+    found = planned(graph, cluster, mini_batch=4 * size, micro_batch=size)
+    others = [rival.plan(graph, cluster, Roofline(), options) for rival in (pipedream, sequential, piper)]
+    best = min(plan.estimate for plan in (*every_plan(graph, cluster, options), *others))
+    assert found.estimate == pytest.approx(best, rel=2e-6)
+
+
+def test_seven_operators_on_four_devices():
+    parents = {"a": "", "b": "a", "c": "a", "d": "b", "e": "c b", "f": "c", "g": "d e f"}
+    flops = {"a": 1e9, "b": 5e9, "c": 2e9, "d": 4e9, "e": 3e9, "f": 6e9, "g": 2e9}
+    graph = make_graph(parents, flops=flops, parameters=1 << 10)
+    options = Options(mini_batch=16, micro_batch=2)
+    found = planned(graph, make_cluster(4), mini_batch=16, micro_batch=2)
+    best = min(plan.estimate for plan in every_plan(graph, make_cluster(4), options))
+    assert found.estimate == pytest.approx(best, rel=2e-6)
+
+
+def test_fast_devices_get_more():
+    cluster = make_cluster(4)
+    fast = replace(cluster.devices[0], name="fast", flops=4 * cluster.devices[0].flops)
+    cluster = replace(cluster, devices=(*cluster.devices[:2], fast, fast))
+    graph = make_graph(chain(20), flops=1e10, parameters=1 << 10)
+    given = {"mini_batch": 64, "micro_batch": 2, "max_replicas": 1}
+    found = planned(graph, cluster, **given)
+    assert found.estimate < 0.55 * graphpipe.plan(graph, cluster, Roofline(), Options(**given)).estimate
+
+
+def test_stages_share_a_device_where_that_balances():
+    """What lies before, between and after two heavy operators is no stage, but fits one device."""
+    flops = {f"o{i}": weight * 1e10 for i, weight in enumerate((1, 4, 2, 4, 1))}
+    graph = make_graph(chain(5), flops=flops, parameters=1 << 10)
+    given = {"mini_batch": 64, "micro_batch": 2, "max_replicas": 1, "split_backward": True, "greedy": True}
+    apart, shared = (planned(graph, make_cluster(3), **given, colocate=c) for c in (False, True))
+    assert shared.estimate < 0.9 * apart.estimate
+    assert any(len(stages) > 1 for stages in shared.residents.values())
 
 
 def test_the_same_plan_twice():

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from gpp.cost import Roofline
 from gpp.plan import PlanError, check_plan, device_memory
 from gpp.planner import pipedream, sequential
-from gpp.planner.estimate import Group, Problem, assemble, estimated
+from gpp.planner.estimate import Group, Problem, assemble, estimated, fits
 from gpp.planner.intervals import IntervalCosts
-from gpp.planner.estimate import fits
 from gpp.planner.linear import MANY, Line
 from gpp.planner.options import Constraints, Options
 from gpp.planner.units import check_constraints
