@@ -8,6 +8,7 @@ sum may still be less than the best. Both over the tree and over leaf orders who
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from .threshold import Answer, interval_fewest, interval_optimum
 
 REDUCES = 12  # values of the longest all-reduce that are tried
 SLACK = 1.2  # an estimate this much above the best may still be the fastest
+POINTS = 24  # that are looked for besides the least bottlenecks
 COARSE = 2e-3  # two thresholds this close are as good as one
 
 
@@ -60,7 +62,8 @@ def _points(space: Space, micro_batch: int, memory: float) -> Iterator[_Point]:
         best = min(best, point.seconds)
         yield point
     others = _Frontier(space, micro_batch, memory, best)
-    rest = [point for point in others.points() if point.seconds <= SLACK * others.best]
+    found = list(islice(others.points(), POINTS))
+    rest = [point for point in found if point.seconds <= SLACK * others.best]
     yield from sorted(rest, key=lambda point: point.seconds)
 
 

@@ -8,7 +8,7 @@ exact simulation choose among the best and the other planners' own plans: it is 
 Deterministic: budgets count simulated tasks, not seconds.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from gpp.plan import Choice, Plan
 from gpp.topology import DeviceTopology
 
 from . import graphpipe
-from .bound import with_bound
+from .bound import bound
 from .colocate import colocated
 from .draft import Drafts, Part
 from .estimate import Problem, assemble, estimated, fits, peak_memory
@@ -40,6 +40,8 @@ WORSE = 1.25  # how much slower the plain plan of such a size may be than the be
 STARTS = 4  # shapes that are polished
 TASKS = 1_200_000  # simulated in polishing
 EXACT = 3  # plans that the simulator compares after each choice
+ORDERED = 6  # plans that get every schedule, those on a clock too
+DONE = 1.001  # of the lower bound: nothing is worth a search
 
 
 def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
@@ -49,12 +51,14 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     each of `TASKS`.
     """
     problem = Problem(graph, topology, costs, options)
+    least, which = bound(problem)
     others = rivals(problem)
-    search = _Search(problem, others)
+    search = _Search(problem, others, least)
     best = search.run()
     if best is None:
         raise others.refusals[0]
-    return with_bound(problem, replace(best, planner=NAME, choices=tuple(search.choices)))
+    choices = tuple(search.choices)
+    return replace(best, planner=NAME, lower_bound=least, bound_by=which, choices=choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,8 @@ class _Candidate:
 class _Search:
     """The candidates so far, and the best plan after each choice."""
 
-    def __init__(self, problem: Problem, others: Rivals) -> None:
-        self.problem, self.others = problem, others
+    def __init__(self, problem: Problem, others: Rivals, least: float) -> None:
+        self.problem, self.others, self.least = problem, others, least
         self.found: dict[tuple[int, Kind, Parts], _Candidate] = {}
         self.short: dict[tuple[int, Parts], Drafts] = {}  # parts that do not fit memory
         self.plans: dict[tuple[int, Kind, Parts], Plan] = {}
@@ -79,30 +83,35 @@ class _Search:
         self.all = {size: Drafts(problem, size) for size in problem.options.micro_batches}
 
     def run(self) -> Plan | None:
-        """Choice by choice."""
+        """Choice by choice, until there is next to nothing left to gain."""
         for rival in self.others.plans:
             self._offer(rival)
         self._settle(self.best.planner if self.best else "")
+        for _ in self._choices():
+            if self.best is not None and self.best.estimate <= self.least * DONE:
+                break
+        return self.best
+
+    def _choices(self) -> Iterator[None]:
         sizes = self._sizes()
         for size in sizes[:1]:
             self._partition(self.all[size])
-        self._settle("partition")
+        yield self._settle("partition")
         for size in sizes[1:]:
             self._partition(self.all[size])
-        self._settle("micro-batch")
+        yield self._settle("micro-batch")
         self._schedule()
-        self._settle("schedule")
+        yield self._settle("schedule")
         if self._spare:
             self._spare_memory()
-            self._settle("memory")
+            yield self._settle("memory")
         self._polish()
-        self._settle("polish")
+        yield self._settle("polish")
         self._order()
-        self._settle("order")
+        yield self._settle("order")
         if self.problem.options.colocate:
             self._colocate()
-            self._settle("colocate")
-        return self.best
+            yield self._settle("colocate")
 
     @cached_property
     def _kinds(self) -> tuple[Kind, ...]:
@@ -179,7 +188,7 @@ class _Search:
 
     def _order(self) -> None:
         """Other orders for the stages of the best shapes, those chosen on a clock too."""
-        for candidate in self._distinct()[:EXACT]:
+        for candidate in self._distinct()[:ORDERED]:
             plan = realised(candidate.drafts, candidate.shape)
             for other in rescheduled(plan, self.problem.options):
                 self._offer(other)

@@ -27,8 +27,9 @@ Counts = NDArray[np.int64]
 def takes_part_in_backward(graph: ComputationGraph, op: Operator) -> bool:
     """Whether the operator has a backward: it learns, passes gradients on, or starts them (a loss term: it
     has no output, but work in its input half and an input that needs a gradient)."""
-    starts = op.backward_input != Work() and any(graph.tensors[name].needs_grad for name in op.inputs)
-    return op.has_backward or starts
+    if op.has_backward:
+        return True
+    return op.backward_input != Work() and any(graph.tensors[name].needs_grad for name in op.inputs)
 
 
 def operator_seconds(
@@ -44,7 +45,8 @@ def operator_seconds(
     for i, op in enumerate(graph.operators):
         halves = (costs.backward_input, costs.backward_weight) if takes_part_in_backward(graph, op) else ()
         for row, ask in enumerate((costs.forward, *halves)):
-            found[row, i] = of_unequal(ask(op, samples, device) for device in devices)
+            times = [ask(op, samples, device) for device in devices]
+            found[row, i] = times[0] if len(times) == 1 else of_unequal(times)
     return found
 
 

@@ -39,7 +39,8 @@ def test_what_no_partition_balances():
 @settings(max_examples=40, deadline=None)
 @given(graphs(max_operators=6, all_train=True), st.data())
 def test_plans_that_are_ever_better_balanced(graph, data):
-    problem = Problem(graph, make_cluster(3), Roofline(), Options(mini_batch=8, micro_batch=2))
+    options = Options(mini_batch=8, micro_batch=2, max_replicas=1)
+    problem = Problem(graph, make_cluster(3), Roofline(), options)
     drafts = Drafts(problem, 2)
     parts = data.draw(st.sampled_from(every_partition(drafts)))
     draft = drafts.draft(parts)

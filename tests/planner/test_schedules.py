@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gpp.plan import device_memory
@@ -36,6 +36,7 @@ def test_only_what_the_options_allow():
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.sampled_from([1.0, 1.2, 2.0]))
 def test_each_fits_runs_and_takes_what_is_said(plan, part):
+    assume(len({stage.micro_batch for stage in plan.stage_graph.stages}) == 1)  # as all of gpp's
     need = max(device_memory(plan)) * part + 1
     devices = tuple(replace(device, memory=need) for device in plan.topology.devices)
     plan = replace(plan, topology=replace(plan.topology, devices=devices))
