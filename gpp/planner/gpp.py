@@ -23,11 +23,12 @@ from .colocate import colocated
 from .draft import Drafts, Part
 from .estimate import Problem, assemble, estimated, fits, peak_memory
 from .exhaustive import every_partition
+from .memory_choices import spared
 from .moves import Parts
 from .options import Options
 from .places import matters, placed
-from .polish import Shape, polish, shaped
-from .rhythm import Kind
+from .polish import Shape, clipped, polish, shaped
+from .rhythm import Kind, limits
 from .rivals import Rivals, rivals
 from .rivals import partitions as rival_partitions
 from .schedules import rescheduled
@@ -129,8 +130,11 @@ class _Search:
 
     @property
     def _spare(self) -> bool:
+        """Whether memory is scarce, and something may be done about it."""
         options = self.problem.options
-        return bool(self.short) and (options.recompute or options.shard_optimizer)
+        if not (options.recompute or options.shard_optimizer):
+            return False
+        return bool(self.short) or any(clipped(c.drafts, c.shape) for c in self._ranked()[: 3 * STARTS])
 
     def _sizes(self) -> list[int]:
         """Micro-batch sizes worth a search, the best rival's first, then by their plain plan's step."""
@@ -167,10 +171,21 @@ class _Search:
                 self._try(candidate.drafts, candidate.shape.parts, kind)
 
     def _spare_memory(self) -> None:
-        """What does not fit, with less memory."""
+        """What does not fit, or has less in flight than it wants, with less memory."""
         for (_, parts), drafts in list(self.short.items()):
             for kind in self._kinds:
                 self._try(drafts, parts, kind, spare=True)
+        topology, options = self.problem.topology, self.problem.options
+        for candidate in self._ranked()[: 3 * STARTS]:
+            drafts, shape = candidate.drafts, candidate.shape
+            while clipped(drafts, shape):
+                leaner = spared(shape.draft, shape.parts, limits(shape.draft, topology), options)
+                found = shaped(drafts, leaner, candidate.kind) if leaner != shape.parts else None
+                if found is None:
+                    break
+                shape = found
+                for kind in self._kinds:
+                    self._try(drafts, shape.parts, kind)
 
     def _polish(self) -> None:
         """Local search from the best few shapes."""

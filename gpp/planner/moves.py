@@ -6,6 +6,7 @@ many devices, replicas that are not allowed) is for `Drafts.draft` to refuse.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
 from .draft import Drafts, Part
@@ -16,7 +17,7 @@ Parts = tuple[Part, ...]
 class Moves:
     """Random changes, all from one seeded stream, so that a search can be repeated."""
 
-    def __init__(self, drafts: Drafts, seed: int) -> None:
+    def __init__(self, drafts: Drafts, seed: int, *, spare: bool = False) -> None:
         self.drafts = drafts
         self.random = Random(seed)
         units = drafts.problem.units
@@ -33,6 +34,7 @@ class Moves:
             *[self.grow, self.merge] * 2,
             *(self.shrink, self.split, self.balance),
             *([self.swap] if several else []),
+            *([self.toggle] if spare else []),
         ]
 
     def propose(self, parts: Parts, shares: Sequence[float]) -> Parts | None:
@@ -108,6 +110,22 @@ class Moves:
         changed = list(parts)
         changed[s], changed[other] = changed[other], changed[s]
         return tuple(changed) if other != s else None
+
+    def toggle(self, parts: Parts, s: int) -> Parts | None:
+        """A stage, or all of them, computes its forward again or no longer does, or shares out its state."""
+        options, part = self.drafts.problem.options, parts[s]
+        recompute, shard = part.recompute, part.shard_optimizer
+        if options.recompute and (not options.shard_optimizer or self.random.random() < 0.7):
+            recompute = not recompute
+        elif part.devices > 1:
+            shard = not shard
+        else:
+            return None
+        chosen = [s] if self.random.random() < 0.7 else range(len(parts))
+        return tuple(
+            replace(p, recompute=recompute, shard_optimizer=shard and p.devices > 1) if i in chosen else p
+            for i, p in enumerate(parts)
+        )
 
     def afford(self, parts: Parts, s: int) -> Parts | None:
         """Take what is missing from stages that are not near number s."""

@@ -56,6 +56,12 @@ def shaped(drafts: Drafts, parts: Parts, kind: Kind, *, spare: bool = False) -> 
     return Shape(parts, draft, found, paced)
 
 
+def clipped(drafts: Drafts, shape: Shape) -> bool:
+    """Whether memory leaves some stage less in flight than 1F1B would have."""
+    pairs = zip(shape.rhythm.warms, shape.draft.depths, strict=True)
+    return any(warm < min(depth, drafts.rounds) for warm, depth in pairs)
+
+
 def shares(shape: Shape) -> tuple[float, ...]:
     """How much of the step each part's work is on the longest chain of waits."""
     by_part = dict(zip(shape.draft.parts, shape.pace.shares, strict=True))
@@ -66,7 +72,7 @@ def polish(
     drafts: Drafts, start: Shape, kind: Kind, tries: int, *, spare: bool = False, seed: int = 0
 ) -> Shape:
     """The best shape met in so many tries, each a draft and a simulation; never worse than `start`."""
-    moves = Moves(drafts, seed)
+    moves = Moves(drafts, seed, spare=spare)
     best = here = start
     weights = shares(here)
     for number in range(tries):

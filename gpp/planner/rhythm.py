@@ -72,7 +72,8 @@ def rhythm(draft: Draft, kind: Kind, rounds: int, most: Sequence[float]) -> Rhyt
 
 def delayed(draft: Draft, rounds: int) -> Rhythm:
     """1F1B in which a light branch holds no more than keeps the slowest stage busy: as many micro-batches as
-    the slowest stage works off while one goes from here to the sinks and back."""
+    the slowest stage works off while one goes from here to the sinks and back; and one more than the stage
+    after it, unless that has time to wait until its gradient has become the next forward."""
     period = max(beat.busy for beat in draft.beats)
     loops = [beat.forward for beat in draft.beats]
     for hop in reversed(draft.hops):  # sorted by source
@@ -83,6 +84,11 @@ def delayed(draft: Draft, rounds: int) -> Rhythm:
     for depth, loop, beat in zip(draft.depths, loops, draft.beats, strict=True):
         needed = math.ceil((loop + beat.input + beat.weight) / period * (1 - 1e-9)) if period > 0 else depth
         warms.append(max(min(depth, needed, rounds), 1))
+    for hop in reversed(draft.hops):
+        here = draft.beats[hop.source]
+        turn = (hop.back or 0.0) + here.busy + hop.there
+        ahead = warms[hop.target] + (turn > period - draft.beats[hop.target].busy)
+        warms[hop.source] = min(max(warms[hop.source], ahead), draft.depths[hop.source], rounds)
     return Rhythm(Policy(), tuple(warms), (0,) * len(warms))
 
 

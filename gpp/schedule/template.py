@@ -132,13 +132,15 @@ def by_time(p: Pipeline, *, split: bool = False, spare: int = 0) -> tuple[int, .
     gradient comes back in an empty pipeline. `split`: gradients leave after the input half.
 
     Only the bottleneck's period counts, so light stages need not be as many micro-batches ahead as they are
-    stages away from a sink. Where micro-batches differ 1F1B's own numbers are returned: below them static
+    stages away from a sink; but one more than the stage below, unless that has the time to wait until its
+    gradient has become the next forward. Where micro-batches differ 1F1B's own numbers are returned: below them static
     orders can deadlock.
     """
     least = warm_ups(p)
     if not p.uniform:
         return least
-    period = max(_work(p).values())
+    work = _work(p)
+    period = max(work.values())
     if period == 0:
         return least
     b = p.micro_batches[0]
@@ -147,7 +149,13 @@ def by_time(p: Pipeline, *, split: bool = False, spare: int = 0) -> tuple[int, .
     for u in reversed(range(len(least))):
         turn = loops[u] + p.input[u] + p.weight[u]
         count = max(math.ceil(turn / period - 1e-9) + spare, 1)
-        held[u] = min(max([count * b, *(held[d] for d, _ in p.below[u])]), least[u])
+        own = p.forward[u] + p.input[u] + p.weight[u]
+        below = []
+        for d, there in p.below[u]:
+            turn = there + own + next(seconds for s, seconds in p.above[d] if s == u)
+            spare_time = period - work[p.devices[d]]
+            below.append(held[d] + (b if turn > spare_time * (1 + 1e-9) else 0))
+        held[u] = min(max([count * b, *below]), least[u])
     return tuple(held)
 
 

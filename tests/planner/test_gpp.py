@@ -151,12 +151,15 @@ def test_a_branch_runs_less_far_ahead_where_memory_is_short():
 
 
 def test_recompute_makes_room_for_what_hides_the_bubble():
-    graph = make_graph(towers(4, 2), flops=1e10, parameters=1 << 10, stash=1e6, width=1)
-    given = {"micro_batch": 2, "max_replicas": 1, "mini_batch": 16}
-    cluster = make_cluster(4, memory=7e6)
+    """A deep chain whose first stages may hold one micro-batch's stash: without forwards again it hardly
+    overlaps."""
+    graph = make_graph(chain(16), flops=1e10, parameters=1 << 10, stash=1e6, width=1)
+    given = {"micro_batch": 2, "max_replicas": 1, "mini_batch": 32}
+    cluster = make_cluster(8, memory=6e6)
     without = planned(graph, cluster, **given)
     found = planned(graph, cluster, **given, recompute=True)
-    assert found.estimate <= without.estimate
+    assert found.estimate < 0.8 * without.estimate
+    assert any(stage.recompute for stage in found.stage_graph.stages)
 
 
 def test_constraints_are_kept():
