@@ -86,6 +86,18 @@ def test_the_variant_that_recomputes_is_not_the_profiles() -> None:
     assert profile.costs.timings[0].forward[0] == pytest.approx(1.0)
 
 
+def test_names_are_told_apart() -> None:
+    data = small()
+    for item, name in zip(data["nodes"], ("a", "a", "a.1", "a.3"), strict=True):
+        item["name"] = name
+    names = {op.name for op in read_profile(json.dumps(data), "x").graph.operators}
+    assert len(names) == 4 and {"a.1", "a.3"} <= names
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    assert len(read_profile("\ufeff" + json.dumps(small()), "x").graph.operators) == 4
+
+
 def test_max_batch_size_is_another_name() -> None:
     data = small()
     data["maxBatchSize"] = data.pop("mbsInBatch") + 1
@@ -115,8 +127,30 @@ def broken(change: str) -> str:
             data["nodes"] = {}
         case "exchanged":
             data["nodes"][1]["TMPCs"]["1"][0]["syncTimeFw"] = {"42": 1.0}
+        case "exchanged by no number":
+            data["nodes"][1]["TMPCs"]["1"][0]["syncTimeFw"] = {"--1": 1.0}
+        case "exchanged without an edge":
+            data["nodes"][1]["TMPCs"]["1"][0]["syncTimeBw"] = {"7": 1.0}
         case "degree":
             data["nodes"][1]["TMPCs"]["none"] = []
+        case "degree twice":
+            data["nodes"][1]["TMPCs"]["01"] = []
+        case "no degree":
+            data["nodes"][1]["TMPCs"] = {}
+        case "parts":
+            data["mbsInBatch"] = 8.5
+        case "absurd":
+            data["nodes"][1]["TMPCs"]["1"][0]["timePerSample"] = 10**400
+        case "name":
+            data["nodes"][1]["name"] = ["layer"]
+        case "lines":
+            data["nodes"][1]["name"] = "two\nlines"
+        case "list":
+            return json.dumps([data])
+        case "deep":
+            return '{"nodes": ' * 100_000
+        case "digits":
+            return '{"nodes": ' + "9" * 5000 + "}"
         case "not finite":
             data["nodes"][1]["TMPCs"]["1"][0]["memoryUsageA"] = float("nan")
         case _:
@@ -137,7 +171,18 @@ def broken(change: str) -> str:
         ("no nodes", "nodes must not be empty"),
         ("nodes no list", "nodes: must be a list"),
         ("exchanged", "syncTimeFw names node '42'"),
+        ("exchanged by no number", "syncTimeFw names node '--1', which is not in the file"),
+        ("exchanged without an edge", "syncTimeBw names node '7', to which it has no edge"),
         ("degree", "one is 'none'"),
+        ("degree twice", "each once, one is '01'"),
+        ("no degree", r"x.json: node 3 \(layer\) has no variant without tensor parallelism"),
+        ("parts", "mbsInBatch must be a whole number, it is 8.5"),
+        ("absurd", r"timePerSample must be at most 1e\+24, it is 1000"),
+        ("name", r"node 3: name: must be a text, it is"),
+        ("lines", r"name must be one line of text, it is 'two\\nlines'"),
+        ("list", r"x.json: must be an object, it is"),
+        ("deep", "cannot be read as JSON, maximum recursion depth"),
+        ("digits", "cannot be read as JSON, Exceeds the limit"),
         ("not finite", "memoryUsageA must be a number of at least 0, it is nan"),
         ("json", "x.json, line 1: not JSON"),
     ],
@@ -188,6 +233,9 @@ def test_a_pipedream_profile(indent: str) -> None:
         ("parameter_size=80", "", "line 3: node node2 has no parameter_size"),
         ("forward_compute_time=1,", "forward_compute_time=-1,", "line 3: node node2: forward_compute_time"),
         ("activation_size=128,", "activation_size=many,", "activation_size must be .* it is 'many'"),
+        ("activation_size=128,", "activation_size=1_28,", "activation_size must be .* it is '1_28'"),
+        ("activation_size=128,", "activation_size=[1; 28,", r"activation_size must be .* it is '\[1;'"),
+        ("activation_size=128,", "activation_size=1e300,", r"activation_size must be at most 1e\+24"),
         ("\tnode2 -- node3", "\tnode2 -- node9", "line 7: edge node2 -- node9 names node node9"),
         ("\tnode4 -- node5", "\tnode4 -- node2", "must be acyclic, node node"),
         ("node3 -- Add", "node2 -- Add", "line 4: node node2 appears twice"),

@@ -13,6 +13,7 @@ UNIT = 64
 
 def read_profile(text: str, name: str, unit: int = UNIT) -> Profile:
     """The profile in a file's text, whichever format it has. Raises ProfileError, naming the place."""
-    if text.lstrip().startswith("{"):
-        return piper_profile(read_piper(text, name), unit)
+    text = text.removeprefix("\ufeff")  # what some editors put first
+    if text.lstrip().startswith(("{", "[")):
+        return piper_profile(read_piper(text, name), unit, name)
     return read_pipedream(text, name, unit)

@@ -118,15 +118,15 @@ def _pipedream_node(node: str, description: str, costs: str, where: str) -> _Lin
         if field not in fields:
             raise ProfileError(f"{where}: node {node} has no {field}")
         # several outputs: "[a; b]"
-        numbers = [part.strip() for part in fields[field].strip("[]").split(";")]
+        inside = re.fullmatch(r"\[(.*)\]", fields[field])
+        numbers = [part.strip() for part in inside[1].split(";")] if inside else [fields[field]]
         sizes.append(sum(_parsed(number, field, f"{where}: node {node}") for number in numbers))
     kind = re.split(r"[^\w]", description, maxsplit=1)[0] or "operator"
     return _Line(f"{node}.{kind}", kind, sizes[0] / 1e3, sizes[1] / 1e3, sizes[2], sizes[3])
 
 
 def _parsed(text: str, field: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = (
+        float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) else math.nan
+    )
     return checked(value, field, where, 0.0, shown=text)

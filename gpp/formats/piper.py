@@ -4,14 +4,26 @@ Seconds of a micro-batch, bytes of parameters, memory a y + b for y micro-batche
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gpp.cost import CostTable, Timing
 from gpp.graph import ComputationGraph, Operator, Parameter, Tensor, Work
 
-from .profile import CALL, Profile, ProfileError, get, instance_of, number_in, tensor_of, topological
+from .profile import (
+    CALL,
+    Profile,
+    ProfileError,
+    count_in,
+    get,
+    instance_of,
+    number_in,
+    tensor_of,
+    topological,
+)
 
 RECOMPUTED = "activation recomp"  # how Piper names a variant that recomputes
 
@@ -58,27 +70,31 @@ class PiperInstance:
 def read_piper(text: str, name: str) -> PiperInstance:
     """Piper's JSON. Raises ProfileError."""
     try:
-        data = instance_of(json.loads(text), dict, name)
+        found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ProfileError(f"{name}, line {error.lineno}: not JSON, {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
+        raise ProfileError(f"{name}: cannot be read as JSON, {error}") from None
+    data = instance_of(found, dict, name)
     places = [f"{name}: nodes[{i}]" for i in range(len(get(data, "nodes", list, name)))]
     raw = [instance_of(item, dict, place) for item, place in zip(data["nodes"], places, strict=True)]
     numbers = [get(item, "id", int, place) for item, place in zip(raw, places, strict=True)]
     edges = _piper_edges(get(data, "edges", list, name), _positions(numbers, name), name)
     order = topological([str(number) for number in numbers], edges, name)
     position = {numbers[old]: new for new, old in enumerate(order)}
+    moved = {(position[numbers[u]], position[numbers[v]]): size for (u, v), size in edges.items()}
     batches = "maxBatchSize" if "mbsInBatch" not in data and "maxBatchSize" in data else "mbsInBatch"
     return PiperInstance(
-        nodes=tuple(_piper_node(raw[old], numbers[old], position, name) for old in order),
-        edges={(position[numbers[u]], position[numbers[v]]): size for (u, v), size in edges.items()},
-        devices=int(number_in(data, "maxDevices", name, least=1)),
+        nodes=tuple(_Reader(name, position, moved).node(raw[old], numbers[old]) for old in order),
+        edges=moved,
+        devices=count_in(data, "maxDevices", name),
         memory=number_in(data, "maxMemoryPerDevice", name),
         bandwidth=number_in(data, "bandwidth", name, least=1e-9),
-        micro_batches=int(number_in(data, batches, name, least=1)),
+        micro_batches=count_in(data, batches, name),
     )
 
 
-def piper_profile(instance: PiperInstance, unit: int) -> Profile:
+def piper_profile(instance: PiperInstance, unit: int, name: str = "profile") -> Profile:
     """A graph with the variants that neither recompute nor split tensors.
 
     Piper gives both passes as one time: a third of it is the forward, the rest the backward. Every edge
@@ -91,7 +107,9 @@ def piper_profile(instance: PiperInstance, unit: int) -> Profile:
     for node in instance.nodes:
         variants = node.variants.get(1, ())
         if not variants:
-            raise ProfileError(f"node {node.number} ({node.name}) has no variant without tensor parallelism")
+            raise ProfileError(
+                f"{name}: node {node.number} ({node.name}) has no variant without tensor parallelism, TMPCs 1"
+            )
         chosen.append(next((v for v in variants if v.name != RECOMPUTED), variants[0]))
     room = [v.base / v.parameter_bytes - 2 for v in chosen if v.parameter_bytes]
     factor = max(min(room, default=0.0), 0.0)
@@ -104,66 +122,89 @@ def piper_profile(instance: PiperInstance, unit: int) -> Profile:
         tensor = tensors.setdefault((u, size), tensor_of(f"{names[u]}.out{count}", size, unit, size > 0))
         inputs[v].append(tensor.name)
     operators, timings = [], []
-    for i, (name, variant) in enumerate(zip(names, chosen, strict=True)):
+    for i, (own, variant) in enumerate(zip(names, chosen, strict=True)):
         weight = min(int(variant.parameter_bytes), int(variant.base / 2))
         rest = int(variant.base) - 2 * weight - int(factor * weight)
         third = variant.seconds / 3
         halves = (third, third) if weight else (2 * third, 0.0)
-        timings.append(Timing(name, (float(unit),), (third,), (halves[0],), (halves[1],)))
+        timings.append(Timing(own, (float(unit),), (third,), (halves[0],), (halves[1],)))
         operators.append(
             Operator(
-                name=name,
+                name=own,
                 kind=instance.nodes[i].name,
                 inputs=tuple(inputs[i]),
                 outputs=tuple(tensor for (source, _), tensor in tensors.items() if source == i),
-                batch_keys=() if inputs[i] else (f"{name}.in",),
-                parameters=(Parameter(f"{name}.weight", weight, True),) if weight else (),
+                batch_keys=() if inputs[i] else (f"{own}.in",),
+                parameters=(Parameter(f"{own}.weight", weight, True),) if weight else (),
                 buffer_bytes=max(rest, 0),
                 forward=CALL,
                 backward_input=CALL,
                 backward_weight=CALL if weight else Work(),
                 stash=variant.slope / unit,
-                terms=() if any(source == i for source, _ in tensors) else (f"{name}.out",),
+                terms=() if any(source == i for source, _ in tensors) else (f"{own}.out",),
             )
         )
     return Profile(ComputationGraph(tuple(operators)), CostTable(tuple(timings), 0.0), factor, unit)
 
 
-def _piper_node(data: Mapping[str, Any], number: int, position: Mapping[int, int], name: str) -> PiperNode:
-    label = str(data.get("name", ""))
-    where = f"{name}: node {number}" + (f" ({label})" if label else "")
-    variants = {}
-    for degree, items in get(data, "TMPCs", dict, where).items():
-        if not str(degree).isdecimal() or int(degree) < 1:
-            raise ProfileError(f"{where}: TMPCs are by number of devices, at least 1, one is {degree!r}")
-        variants[int(degree)] = tuple(
-            _variant(instance_of(item, dict, where), position, f"{where}, TMPCs {degree}")
-            for item in instance_of(items, list, where)
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """What a node's entries are checked against: where each node is, and the edges between these places."""
+
+    name: str
+    position: Mapping[int, int]
+    edges: Mapping[tuple[int, int], float]
+
+    def node(self, data: Mapping[str, Any], number: int) -> PiperNode:
+        """An entry of `nodes`."""
+        label = get(data, "name", str, f"{self.name}: node {number}") if "name" in data else ""
+        if not label.isprintable():
+            raise ProfileError(f"{self.name}: node {number}: name must be one line of text, it is {label!r}")
+        where = f"{self.name}: node {number}" + (f" ({label})" if label else "")
+        variants: dict[int, tuple[PiperVariant, ...]] = {}
+        for key, items in get(data, "TMPCs", dict, where).items():
+            degree = _number(key)
+            if degree is None or degree < 1 or degree in variants:
+                raise ProfileError(
+                    f"{where}: TMPCs are by number of devices, at least 1, each once, one is {key!r}"
+                )
+            variants[degree] = tuple(
+                self._variant(instance_of(item, dict, where), number, f"{where}, TMPCs {degree}")
+                for item in instance_of(items, list, where)
+            )
+        return PiperNode(number, label, variants)
+
+    def _variant(self, data: Mapping[str, Any], number: int, where: str) -> PiperVariant:
+        here = self.position[number]
+        return PiperVariant(
+            name=get(data, "id", str, where),
+            seconds=number_in(data, "timePerSample", where),
+            parameter_bytes=number_in(data, "parameterSize", where),
+            slope=number_in(data, "memoryUsageA", where),
+            base=number_in(data, "memoryUsageB", where),
+            received=self._exchanged(data, "syncTimeFw", where, lambda other: (other, here)),
+            sent=self._exchanged(data, "syncTimeBw", where, lambda other: (here, other)),
         )
-    return PiperNode(number, label, variants)
+
+    def _exchanged(
+        self, data: Mapping[str, Any], key: str, where: str, edge: Callable[[int], tuple[int, int]]
+    ) -> dict[int, float]:
+        found = {}
+        for text in (sizes := get(data, key, dict, where)):
+            node = _number(text)
+            if node is None or node not in self.position:
+                raise ProfileError(f"{where}: {key} names node {text!r}, which is not in the file")
+            other = self.position[node]
+            if edge(other) not in self.edges:
+                way = "from" if key == "syncTimeFw" else "to"
+                raise ProfileError(f"{where}: {key} names node {text!r}, {way} which it has no edge")
+            found[other] = number_in(sizes, text, f"{where}: {key}")
+        return found
 
 
-def _variant(data: Mapping[str, Any], position: Mapping[int, int], where: str) -> PiperVariant:
-    return PiperVariant(
-        name=get(data, "id", str, where),
-        seconds=number_in(data, "timePerSample", where),
-        parameter_bytes=number_in(data, "parameterSize", where),
-        slope=number_in(data, "memoryUsageA", where),
-        base=number_in(data, "memoryUsageB", where),
-        received=_exchanged(data, "syncTimeFw", position, where),
-        sent=_exchanged(data, "syncTimeBw", position, where),
-    )
-
-
-def _exchanged(
-    data: Mapping[str, Any], key: str, position: Mapping[int, int], where: str
-) -> dict[int, float]:
-    found = {}
-    for node in (sizes := get(data, key, dict, where)):
-        if not node.lstrip("-").isdecimal() or int(node) not in position:
-            raise ProfileError(f"{where}: {key} names node {node!r}, which is not in the file")
-        found[position[int(node)]] = number_in(sizes, node, f"{where}: {key}")
-    return found
+def _number(text: str) -> int | None:
+    """A whole number; None for any other text."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
 
 
 def _piper_edges(
@@ -194,6 +235,14 @@ def _positions(numbers: Sequence[int], name: str) -> dict[int, int]:
 
 
 def _unique(names: Sequence[tuple[str, int]]) -> list[str]:
-    """Names, with their node's number where several have the same."""
-    plain = [name for name, _ in names]
-    return [f"{name}.{number}" if plain.count(name) > 1 else name for name, number in names]
+    """Names, with their node's number where several have the same, and once more while that is taken."""
+    count = Counter(name for name, _ in names)
+    found: list[str] = []
+    taken = {name for name, times in count.items() if times == 1}
+    for name, number in names:
+        own = name
+        while count[name] > 1 and (own == name or own in taken):
+            own = f"{own}.{number}"
+        taken.add(own)
+        found.append(own)
+    return found

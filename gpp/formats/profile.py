@@ -11,6 +11,7 @@ from gpp.graph import ComputationGraph, Tensor, Work
 
 CALL = Work(kernels=1)  # there is work; how much only the times say
 KINDS: Mapping[type, str] = {dict: "an object", list: "a list", int: "an integer", str: "a text"}
+LARGEST = 1e24  # seconds, bytes: beyond is a mistake, and sums of such would not be numbers any more
 Kind = TypeVar("Kind")
 
 
@@ -76,12 +77,22 @@ def number_in(data: Mapping[str, Any], key: str, where: str, *, least: float = 0
     if key not in data:
         raise ProfileError(f"{where}: {key} is missing")
     value = data[key]
-    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     return checked(number, key, where, least, shown=value)
 
 
+def count_in(data: Mapping[str, Any], key: str, where: str) -> int:
+    """The entry, if it is a whole number and at least 1."""
+    value = number_in(data, key, where, least=1)
+    if value != int(value):
+        raise ProfileError(f"{where}: {key} must be a whole number, it is {data[key]!r}")
+    return int(value)
+
+
 def checked(value: float, key: str, where: str, least: float, *, shown: object) -> float:
-    """The value, if it is finite and at least that; `shown` is how the file has it."""
-    if not least <= value < math.inf:
+    """The value, if it is at least that and not absurdly large; `shown` is how the file has it."""
+    if value > LARGEST:
+        raise ProfileError(f"{where}: {key} must be at most {LARGEST:g}, it is {str(shown)[:60]}")
+    if not value >= least:
         raise ProfileError(f"{where}: {key} must be a number of at least {least:g}, it is {shown!r}")
-    return value
+    return float(value)

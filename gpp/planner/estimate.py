@@ -95,6 +95,13 @@ class Problem:
         """The different devices that there are."""
         return tuple(dict.fromkeys(self.topology.devices))
 
+    @cached_property
+    def least_seconds(self) -> dict[int, float]:
+        """For each micro-batch size what no step takes less than, see `gpp.planner.sizes`."""
+        from .sizes import least_seconds
+
+        return least_seconds(self)
+
     def operator_seconds(self, samples: float) -> NDArray[np.float64]:
         """Those of `gpp.planner.intervals`, on the slowest device; asked once for each size."""
         if samples not in self._asked:

@@ -8,7 +8,7 @@ exact simulation choose among the best and the other planners' own plans: it is 
 Deterministic: budgets count simulated tasks, not seconds.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from . import graphpipe
 from .bound import bound
 from .colocate import colocated
 from .draft import Drafts, Part
-from .estimate import Problem, assemble, estimated, fits, peak_memory
+from .estimate import Problem, assemble, estimated, fits
 from .exhaustive import every_partition
 from .memory_choices import spared
 from .moves import Parts
@@ -32,10 +32,10 @@ from .rhythm import Kind, limits
 from .rivals import Rivals, rivals
 from .rivals import partitions as rival_partitions
 from .schedules import rescheduled
+from .sizes import better
 from .units import check_constraints
 
 NAME = "gpp"
-CLOSE = 1e-6  # step times this close are ties
 SIZES = 3  # micro-batch sizes that are searched in depth
 WORSE = 1.25  # how much slower the plain plan of such a size may be than the best
 STARTS = 4  # shapes that are polished
@@ -97,22 +97,29 @@ class _Search:
         sizes = self._sizes()
         for size in sizes[:1]:
             self._partition(self.all[size])
-        yield self._settle("partition")
+        self._settle("partition")
+        yield
         for size in sizes[1:]:
             self._partition(self.all[size])
-        yield self._settle("micro-batch")
+        self._settle("micro-batch")
+        yield
         self._schedule()
-        yield self._settle("schedule")
+        self._settle("schedule")
+        yield
         if self._spare:
             self._spare_memory()
-            yield self._settle("memory")
+            self._settle("memory")
+            yield
         self._polish()
-        yield self._settle("polish")
+        self._settle("polish")
+        yield
         self._order()
-        yield self._settle("order")
+        self._settle("order")
+        yield
         if self.problem.options.colocate:
             self._colocate()
-            yield self._settle("colocate")
+            self._settle("colocate")
+            yield
 
     @cached_property
     def _kinds(self) -> tuple[Kind, ...]:
@@ -140,6 +147,8 @@ class _Search:
         """Micro-batch sizes worth a search, the best rival's first, then by their plain plan's step."""
         seconds: dict[int, float] = {}
         for size, drafts in self.all.items():
+            if self.best is not None and self.problem.least_seconds[size] > self.best.estimate:
+                continue
             for groups in graphpipe.candidates(self.problem, size, limit=1):
                 self._try(drafts, drafts.parts(groups), self._kinds[0])
             own = [c.shape.seconds for c in self.found.values() if c.drafts is drafts]
@@ -251,7 +260,7 @@ class _Search:
             self.choices.append(Choice(choice, self.best.estimate))
 
     def _offer(self, plan: Plan) -> None:
-        if self.best is None or _better(plan, self.best):
+        if self.best is None or better(plan, self.best):
             self.best = plan
 
 
@@ -273,11 +282,3 @@ def realised(drafts: Drafts, shape: Shape) -> Plan:
 def _cut(parts: Iterable[Part]) -> Parts:
     """Where the model is cut, whatever else is chosen."""
     return tuple(Part(part.units, part.devices) for part in parts)
-
-
-def _better(one: Plan, other: Plan) -> bool:
-    """The shorter step; ties to less memory, then to fewer stages."""
-    if abs(one.estimate - other.estimate) > CLOSE * other.estimate:
-        return one.estimate < other.estimate
-    ties: Sequence[tuple[float, int]] = [(peak_memory(p), len(p.stage_graph.stages)) for p in (one, other)]
-    return ties[0] < ties[1]

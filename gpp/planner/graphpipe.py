@@ -12,9 +12,6 @@ As options, off by default as in the paper: every stage its own micro-batch size
 (`gpp.planner.configured`); kept where the simulated step is faster.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
 from gpp.cost import CostModel
 from gpp.graph import ComputationGraph
 from gpp.plan import Plan
@@ -22,18 +19,17 @@ from gpp.topology import DeviceTopology
 
 from .bound import with_bound
 from .configured import SIZES, configured
-from .estimate import Group, Problem, assemble, busy_seconds, estimated, peak_memory, rough_seconds
+from .estimate import Group, Problem, assemble, estimated, peak_memory
 from .frontier import frontier
 from .options import Options
 from .outline import Chain
 from .shortage import shortage
+from .sizes import Found, better, fastest, sweep
 from .space import CHARGES, HOPES, Space
 from .threshold import Answer, ThresholdSearch
 
 NAME = "graphpipe"
-ROUGH = 1.15  # the rough step time is at most this factor above the simulated one
 PARTS = (1.0, 0.9, 0.75, 0.5)  # of the memory, where a stage before a longer branch holds more than charged
-CLOSE = 1e-6  # step times this close are ties
 
 
 def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
@@ -50,17 +46,16 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
 
 def answer(problem: Problem) -> Plan:
     """The same, without its lower bound."""
-    space, options = problem.space, problem.options
-    found = [candidate for size in options.micro_batches for candidate in _candidates(space, size)]
-    plans = _configured(space, found)
-    if not found and not plans:
+    space = problem.space
+    best = sweep(problem, lambda size: _candidates(space, size))
+    plans = _configured(space, best)
+    if best is not None:
+        plans.append(fastest(_leaner(space, best), best)[0])
+    if not plans:
         raise shortage(space)
-    if found:
-        best = _fastest(found)
-        plans.append(_fastest(_leaner(space, best), best).plan)
     chosen = plans[0]
     for other in plans[1:]:
-        chosen = other if not _better(chosen, other) else chosen
+        chosen = other if not better(chosen, other) else chosen
     return chosen
 
 
@@ -84,13 +79,7 @@ def candidates(
     return frontier(problem.space, micro_batch, limit=limit, ignore_memory=ignore_memory)
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A plan and where it came from."""
-
-    plan: Plan
-    answer: Answer
-    search: ThresholdSearch
+_Candidate = Found[tuple[Answer, ThresholdSearch]]  # a plan and where it came from
 
 
 def _candidates(space: Space, micro_batch: int) -> list[_Candidate]:
@@ -108,34 +97,32 @@ def _in_memory(space: Space, chain: Chain, micro_batch: int) -> list[_Candidate]
         if answer is not None:
             found = assemble(space.problem, space.groups(answer), micro_batch, NAME)
             if peak_memory(found) <= space.memory:
-                return [_Candidate(found, answer, search)]
+                return [(found, (answer, search))]
             least = answer.seconds  # more warily charged, nothing is faster
     return []
 
 
 def _leaner(space: Space, candidate: _Candidate) -> list[_Candidate]:
     """The plan with the least memory of those with the same bottleneck, if it is another one."""
-    search = candidate.search
-    answer = search.leaner(candidate.answer)
-    if answer == candidate.answer:
+    _, (known, search) = candidate
+    answer = search.leaner(known)
+    if answer == known:
         return []
     found = assemble(space.problem, space.groups(answer), search.intervals.micro_batch, NAME)
-    return [_Candidate(found, answer, search)] if peak_memory(found) <= space.memory else []
+    return [(found, (answer, search))] if peak_memory(found) <= space.memory else []
 
 
-def _configured(space: Space, found: Sequence[_Candidate]) -> list[Plan]:
-    """With stages of their own micro-batch sizes and bursts, if the options allow any: around the size of the
-    least bottleneck (each size by itself where all stages have the same)."""
+def _configured(space: Space, best: _Candidate | None) -> list[Plan]:
+    """With stages of their own micro-batch sizes and bursts, if the options allow any: around the size that
+    is best for all (each size by itself where all stages have the same)."""
     options = space.problem.options
     if not options.stage_micro_batches and options.bursts == (1,):
         return []
     sizes = [size for size in options.micro_batches if size & (size - 1) == 0] or [*options.micro_batches]
     windows: list[tuple[int, ...]] = [(size,) for size in sizes]
     if options.stage_micro_batches:
-        usual = min(found, key=lambda c: c.answer.seconds / c.search.intervals.micro_batch, default=None)
-        middle = max(
-            i for i, size in enumerate(sizes) if usual is None or size <= usual.search.intervals.micro_batch
-        )
+        usual = best[1][1].intervals.micro_batch if best is not None else sizes[-1]
+        middle = max(i for i, size in enumerate(sizes) if size <= usual)
         first = min(max(0, middle - SIZES + 2), max(0, len(sizes) - SIZES))
         windows = [tuple(sizes[first : first + SIZES])]
     plans = []
@@ -149,22 +136,3 @@ def _configured(space: Space, found: Sequence[_Candidate]) -> list[Plan]:
                 plans.append(estimated(whole))
                 break
     return plans
-
-
-def _fastest(found: Sequence[_Candidate], best: _Candidate | None = None) -> _Candidate:
-    """The least simulated step time; ties to less memory, then to fewer stages."""
-    for candidate in sorted(found, key=lambda c: rough_seconds(c.plan)):
-        least = max(busy_seconds(candidate.plan), rough_seconds(candidate.plan) / ROUGH)
-        if best is None or least <= best.plan.estimate * (1 + CLOSE):
-            candidate = replace(candidate, plan=estimated(candidate.plan))
-            if best is None or _better(candidate.plan, best.plan):
-                best = candidate
-    assert best is not None
-    return best
-
-
-def _better(one: Plan, other: Plan) -> bool:
-    if abs(one.estimate - other.estimate) > CLOSE * other.estimate:
-        return one.estimate < other.estimate
-    ties = [(peak_memory(p), len(p.stage_graph.stages)) for p in (one, other)]
-    return ties[0] < ties[1]

@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from gpp.plan import Plan, PlanError, device_memory
 from gpp.schedule.inflight import in_flight
 
-from .estimate import Group, Problem, assemble, busy_seconds, estimated, fits, rough_seconds
+from .estimate import Group, Problem, assemble, fits
 from .intervals import IntervalCosts, Intervals
+from .sizes import Found, sweep
 
 MANY = 192  # runs from which on neighbours too light to matter are merged
 TOLERANCE = 1e-9  # equal stages differ in the last bits of their sums
 INF = 1 << 20
 TRIES = 5  # at a smaller share of the memory, where skip edges hold more than a chain's would
-CLOSE = 1e-6  # step times this close are ties
-ROUGH = 1.15  # the rough step time is at most this factor above the simulated one
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int32]
@@ -126,22 +125,15 @@ def best(line: Line, planner: str, *, replicas: bool) -> Plan:
     Raises PlanError if none fits.
     """
     problem = line.problem
-    found = []
-    for size in problem.options.micro_batches:
+
+    def made(size: int) -> list[Found[None]]:
         groups = line.groups(size, replicas=replicas)
-        if groups is not None:
-            found.append(assemble(problem, groups, size, planner, chained=True))
-    if not found:
+        return [] if groups is None else [(assemble(problem, groups, size, planner, chained=True), None)]
+
+    found = sweep(problem, made)
+    if found is None:
         raise PlanError(line.shortage(replicas=replicas))
-    fastest: Plan | None = None
-    for plan in sorted(found, key=rough_seconds):
-        least = max(busy_seconds(plan), rough_seconds(plan) / ROUGH)
-        if fastest is None or least < fastest.estimate:
-            plan = estimated(plan)
-            if fastest is None or plan.estimate < fastest.estimate * (1 - CLOSE):
-                fastest = plan
-    assert fastest is not None
-    return fastest
+    return found[0]
 
 
 class _Search:

@@ -23,64 +23,62 @@ from .downset_line import depth_first, line
 from .downset_pass import CLOSE
 from .downset_search import DownsetSearch
 from .downsets import Downsets, Link, TooManyDownsets, downsets, equal_branches
-from .estimate import Problem, assemble, busy_seconds, estimated, rough_seconds
+from .estimate import Problem, assemble
 from .exact import fitting, unit_costs
 from .options import Options, divisors
 from .piper_variants import VariantSearch
+from .sizes import Found, sweep
 
 NAME = "piper"
 LIMIT = 40_000  # downsets above which Piper gives up
 VARIANT_LIMIT = 4000  # with variants of operators, which cost more
-ROUGH = 1.15  # the rough step time is at most this factor above the simulated one
-TIE = 1e-6  # step times this close are ties
 
 
-def plan(
-    graph: ComputationGraph,
-    topology: DeviceTopology,
-    costs: CostModel,
-    options: Options,
-    *,
-    collapse: bool = False,
-) -> Plan:
+def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
     """The plan for one training step, a sequential pipeline; its micro-batch size by simulated step time.
 
-    With `collapse` equal branches are not told apart: far fewer downsets, and the answer the same up to
-    permuting them. Raises PlanError for a graph of too many downsets, at once, and if no pipeline fits the
-    devices' memory. S downsets in P nested pairs, D degrees: O(S^2 / 64 + P D) for each of a few passes a
+    With `options.collapse` equal branches are not told apart: far fewer downsets, and the answer the same
+    up to permuting them. Raises PlanError for a graph of too many downsets, at once, and if no pipeline fits
+    the devices' memory. S downsets in P nested pairs, D degrees: O(S^2 / 64 + P D) for each of a few passes a
     micro-batch size; if memory binds, at most times the number of devices.
     """
     problem = Problem(graph, topology, costs, options)
-    return with_bound(problem, answer(problem, collapse=collapse))
+    return with_bound(problem, answer(problem, collapse=options.collapse))
 
 
 def answer(problem: Problem, *, collapse: bool = False, limit: int = LIMIT) -> Plan:
     """The same, without its lower bound, for up to `limit` downsets."""
-    topology, options = problem.topology, problem.options
-    found = []
+    topology = problem.topology
     sets: Downsets | None = None
-    for size in options.micro_batches:
+
+    def made(size: int) -> list[Found[None]]:
+        nonlocal sets
         unit = unit_costs(problem, size)
         if sets is None or collapse:
-            sets = downsets(problem.units.successors, limit, unit.equal_branches if collapse else ())
+            sets = _sets(problem, unit, collapse=collapse, limit=limit)
         groups = fitting(problem, sets, unit, size, chained=True)
-        if groups is not None:
-            found.append(assemble(problem, groups, size, NAME, chained=True))
-    if not found:
+        return [] if groups is None else [(assemble(problem, groups, size, NAME, chained=True), None)]
+
+    found = sweep(problem, made)
+    if found is None:
         raise PlanError(
             f"no sequential pipeline fits the {len(topology.devices)} devices of cluster {topology.name}, of "
             f"{min(d.memory for d in topology.devices) / 2**20:.1f} MiB; use more devices, devices with more "
             "memory or a smaller train.mini_batch, or relax planner.constraints"
         )
-    best: Plan | None = None
-    for candidate in sorted(found, key=rough_seconds):
-        least = max(busy_seconds(candidate), rough_seconds(candidate) / ROUGH)
-        if best is None or least < best.estimate:
-            candidate = estimated(candidate)
-            if best is None or candidate.estimate < best.estimate * (1 - TIE):
-                best = candidate
-    assert best is not None
-    return best
+    return found[0]
+
+
+def _sets(problem: Problem, unit: UnitCosts, *, collapse: bool, limit: int) -> Downsets:
+    needs = problem.units.successors
+    try:
+        return downsets(needs, limit, unit.equal_branches if collapse else ())
+    except TooManyDownsets as error:
+        if collapse or not unit.equal_branches:
+            raise
+        raise TooManyDownsets(
+            f"{error}, or planner.collapse=true, as some of its branches are equal"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

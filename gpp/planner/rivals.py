@@ -1,19 +1,21 @@
 """The other planners' plans, under the same options: what the search starts from and has to beat."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 
 from gpp.plan import Plan, PlanError
 
 from . import exact, graphpipe, pipedream, piper, sequential
 from .estimate import Group, Problem
+from .options import Constraints
 
 ANSWERS: tuple[Callable[[Problem], Plan], ...] = (
     graphpipe.answer,
     pipedream.answer,
-    sequential.answer,
     partial(piper.answer, collapse=True, limit=exact.FEW),
+    sequential.answer,
 )
 
 
@@ -26,14 +28,26 @@ class Rivals:
 
 
 def rivals(problem: Problem) -> Rivals:
-    """Every planner's answer to the problem, without its lower bound."""
-    plans, refusals = [], []
+    """Every planner's answer, without its lower bound; of a pipeline without replicas only if it
+    may be the best."""
+    plans: list[Plan] = []
+    refusals: list[PlanError] = []
     for answer in ANSWERS:
+        if answer is sequential.answer and _alone(problem) > min((p.estimate for p in plans), default=inf):
+            continue
         try:
             plans.append(answer(problem))
         except PlanError as error:
             refusals.append(error)
     return Rivals(tuple(plans), tuple(refusals))
+
+
+def _alone(problem: Problem) -> float:
+    """Seconds that no step takes less than in which no stage has replicas that the user did not ask for."""
+    if any(problem.units.replicas):
+        return 0.0
+    options = replace(problem.options, max_replicas=1, constraints=Constraints())
+    return min(Problem(problem.graph, problem.topology, problem.costs, options).least_seconds.values())
 
 
 def partitions(problem: Problem, micro_batch: int) -> list[list[Group]]:

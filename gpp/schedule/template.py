@@ -133,8 +133,8 @@ def by_time(p: Pipeline, *, split: bool = False, spare: int = 0) -> tuple[int, .
 
     Only the bottleneck's period counts, so light stages need not be as many micro-batches ahead as they are
     stages away from a sink; but one more than the stage below, unless that has the time to wait until its
-    gradient has become the next forward. Where micro-batches differ 1F1B's own numbers are returned: below them static
-    orders can deadlock.
+    gradient has become the next forward. Where micro-batches differ 1F1B's own numbers are returned: below
+    them static orders can deadlock.
     """
     least = warm_ups(p)
     if not p.uniform:

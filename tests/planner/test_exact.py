@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gpp.cost import Roofline, all_reduce_seconds
 from gpp.plan import PlanError, device_memory
 from gpp.planner.downsets import downsets
-from gpp.planner.estimate import Problem, assemble
+from gpp.planner.estimate import Group, Problem, assemble
 from gpp.planner.exact import downset_groups, downset_optimum, fastest, memory_rule, unit_costs
 from gpp.planner.options import Options
 from gpp.planner.piper import plan
@@ -121,6 +121,16 @@ def test_memory_counts_the_stages_behind(graph, devices, size, part) -> None:
     found = fastest(problem, downsets(graph.successors, 1000), unit_costs(problem, size), rule)
     least = own_brute(problem, size, lower=False, memory=memory)
     assert (math.inf if found is None else found.seconds) == pytest.approx(least, rel=1e-6)
+    if found is not None:
+        # a plan with these stages in a row holds that at least: what is charged too little are skip edges
+        groups = [Group(part.units, part.devices) for part in found.parts]
+        needs = device_memory(assemble(problem, groups, size, "x", chained=True))
+        later: frozenset[int] = frozenset()
+        for place, part in enumerate(reversed(found.parts), 1):
+            stage = frozenset(part.units)
+            charged = own_memory(problem, size, stage, later, place, part.devices)
+            assert charged <= needs[sum(p.devices for p in found.parts[:-place])] * (1 + 1e-9)
+            later |= stage
 
 
 @settings(max_examples=30, deadline=None)

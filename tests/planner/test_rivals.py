@@ -13,11 +13,20 @@ def test_their_own_answers():
     cluster = make_cluster(6)
     found = rivals(Problem(GRAPH, cluster, Roofline(), OPTIONS))
     expected = [
-        p.plan(GRAPH, cluster, Roofline(), OPTIONS) for p in (graphpipe, pipedream, sequential, piper)
+        p.plan(GRAPH, cluster, Roofline(), OPTIONS) for p in (graphpipe, pipedream, piper, sequential)
     ]
     assert [plan.planner for plan in found.plans] == [plan.planner for plan in expected]
     assert [plan.estimate for plan in found.plans] == [plan.estimate for plan in expected]
     assert found.refusals == ()
+
+
+def test_no_line_without_replicas_where_it_cannot_win():
+    """One heavy operator that four replicas share."""
+    graph = make_graph({"a": "", "b": "a"}, flops={"a": 1e11, "b": 1e8}, parameters=4)
+    found = rivals(Problem(graph, make_cluster(5), Roofline(), Options(mini_batch=16, micro_batch=4)))
+    assert "sequential" not in [plan.planner for plan in found.plans]
+    slow = sequential.plan(graph, make_cluster(5), Roofline(), Options(mini_batch=16, micro_batch=4))
+    assert slow.estimate > min(plan.estimate for plan in found.plans)
 
 
 def test_what_they_say_if_they_have_none():
