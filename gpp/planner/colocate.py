@@ -6,7 +6,7 @@ what it does to the step (more hops, stages that wait for each other's device) i
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .draft import Draft, Drafts, Part
 from .estimate import Group
@@ -16,8 +16,17 @@ BALANCED = 1.01  # of the mean: no device is heavier
 PER_DEVICE = 3  # stages
 
 
-def colocated(drafts: Drafts, draft: Draft) -> Iterator[list[Group]]:
-    """Better and better balanced stages, each with one more that shares devices; `at` says who does.
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Stages some of which share devices (`at` says who does), and seconds of work on the heaviest in a step:
+    no schedule takes less."""
+
+    groups: tuple[Group, ...]
+    load: float
+
+
+def colocated(drafts: Drafts, draft: Draft) -> Iterator[Shared]:
+    """Better and better balanced stages, each with one more that shares devices.
 
     In each step a run of operators at an end of a stage on the heaviest devices goes where the heaviest of
     all is then lightest. O(units of those stages x places) priced stages a step; at most STEPS.
@@ -28,7 +37,8 @@ def colocated(drafts: Drafts, draft: Draft) -> Iterator[list[Group]]:
         if found is None:
             return
         parts, places = found
-        yield [drafts.group(part, place) for part, place in zip(parts, places, strict=True)]
+        groups = tuple(drafts.group(part, place) for part, place in zip(parts, places, strict=True))
+        yield Shared(groups, max(_loads(drafts, parts, places).values()))
 
 
 def _lent(

@@ -41,14 +41,17 @@ def downset_optimum(problem: Problem, micro_batch: int, *, limit: int = FEW) -> 
     return None if found is None else found.seconds
 
 
-def downset_groups(problem: Problem, micro_batch: int, *, limit: int = FEW) -> list[Group] | None:
+def downset_groups(
+    problem: Problem, micro_batch: int, *, limit: int = FEW, reduce: bool = True
+) -> list[Group] | None:
     """The stages of least bottleneck that fit memory, in topological order; None above `limit` downsets or
-    where none were found.
+    where none were found. Without `reduce` a step's all-reduce and update cost nothing: they come once, and
+    often while others still compute.
 
     Memory is that of the plan's own stage graph: what a pipeline of so many stages in a row would hold is
     charged only as far as plans turn out too large without.
     """
-    costs = unit_costs(problem, micro_batch)
+    costs = unit_costs(problem, micro_batch, reduce=reduce)
     sets = _sets(problem, limit, costs)
     return None if sets is None else fitting(problem, sets, costs, micro_batch, chained=False)
 
@@ -105,10 +108,10 @@ def memory_rule(problem: Problem, micro_batch: int, limit: float, deepest: int) 
     return Memory(limit, True, share, held.astype(np.float64))
 
 
-def unit_costs(problem: Problem, micro_batch: int, *, lower: bool = False) -> UnitCosts:
+def unit_costs(problem: Problem, micro_batch: int, *, lower: bool = False, reduce: bool = True) -> UnitCosts:
     """The sums of `problem.units` for one micro-batch: seconds with the step's share of update and
-    all-reduce, bytes per sample. With `lower` nothing that a plan might save: no messages, the fastest
-    device, any degree, tied parameters once."""
+    all-reduce (unless `reduce` is off), bytes per sample. With `lower` nothing that a plan might save: no
+    messages, the fastest device, any degree, tied parameters once."""
     graph, topology, options, costs = problem.graph, problem.topology, problem.options, problem.costs
     units = problem.units
     degrees = _degrees(problem, micro_batch, every=lower)
@@ -127,12 +130,12 @@ def unit_costs(problem: Problem, micro_batch: int, *, lower: bool = False) -> Un
         def step_end(size: float, d: int = d) -> float:
             links = [topology.inside] if d <= topology.per_host else []
             links += [topology.between] if lower or not links else []
-            reduce = min(all_reduce_seconds(size, d, link) for link in links)
+            ring = min(all_reduce_seconds(size, d, link) for link in links)
             sharded = d if options.shard_optimizer else 1
-            return reduce + choose(costs.update(size / sharded, kind) for kind in kinds)
+            return ring + choose(costs.update(size / sharded, kind) for kind in kinds)
 
-        start = step_end(0.0)
-        slope = (step_end(most) - start) / most
+        start = step_end(0.0) if reduce else 0.0
+        slope = (step_end(most) - start) / most if reduce else 0.0
         seconds.append(np.bincount(owner, work, len(units.members)) + slope * trainable / rounds)
         fixed.append(start / rounds)
     coupled = [any(graph.operators[i].batch_coupled for i in found) for found in units.members]

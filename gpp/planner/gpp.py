@@ -21,7 +21,7 @@ from . import graphpipe
 from .bound import bound
 from .colocate import colocated
 from .draft import Drafts, Part
-from .estimate import Problem, assemble, estimated, fits
+from .estimate import Group, Problem, assemble, estimated, fits
 from .exhaustive import every_partition
 from .memory_choices import spared
 from .moves import Parts
@@ -38,18 +38,22 @@ from .units import check_constraints
 NAME = "gpp"
 SIZES = 3  # micro-batch sizes that are searched in depth
 WORSE = 1.25  # how much slower the plain plan of such a size may be than the best
-STARTS = 4  # shapes that are polished
-TASKS = 1_200_000  # simulated in polishing
+STARTS = (4, 2, 2)  # shapes that are polished, in each round
+TASKS = 2_400_000  # simulated in polishing, at half a microsecond
+DRAFT = 300  # a draft takes as long as so many
+FIRST = 12  # shapes that are tried with other schedules, or less memory
 EXACT = 3  # plans that the simulator compares after each choice
 ORDERED = 6  # plans that get every schedule, those on a clock too
+LENDERS = 24  # shapes from which stages are made that share devices
+SHARED = 6  # of these that the simulator compares
 DONE = 1.001  # of the lower bound: nothing is worth a search
 
 
 def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, options: Options) -> Plan:
     """The plan for one training step, with its estimate, its lower bound and what each choice bought.
 
-    Raises PlanError if no planner finds one. Takes the other planners' time twice, and about 2 us for
-    each of `TASKS`.
+    Raises PlanError if no planner finds one. Takes the other planners' time twice, and about 0.5 us
+    for each of `TASKS`.
     """
     problem = Problem(graph, topology, costs, options)
     least, which = bound(problem)
@@ -141,7 +145,7 @@ class _Search:
         options = self.problem.options
         if not (options.recompute or options.shard_optimizer):
             return False
-        return bool(self.short) or any(clipped(c.drafts, c.shape) for c in self._ranked()[: 3 * STARTS])
+        return bool(self.short) or any(clipped(c.drafts, c.shape) for c in self._ranked()[:FIRST])
 
     def _sizes(self) -> list[int]:
         """Micro-batch sizes worth a search, the best rival's first, then by their plain plan's step."""
@@ -175,7 +179,7 @@ class _Search:
 
     def _schedule(self) -> None:
         """Other schedules for the best partitions."""
-        for candidate in self._ranked()[: 3 * STARTS]:
+        for candidate in self._ranked()[:FIRST]:
             for kind in self._kinds[1:]:
                 self._try(candidate.drafts, candidate.shape.parts, kind)
 
@@ -185,7 +189,7 @@ class _Search:
             for kind in self._kinds:
                 self._try(drafts, parts, kind, spare=True)
         topology, options = self.problem.topology, self.problem.options
-        for candidate in self._ranked()[: 3 * STARTS]:
+        for candidate in self._ranked()[:FIRST]:
             drafts, shape = candidate.drafts, candidate.shape
             while clipped(drafts, shape):
                 leaner = spared(shape.draft, shape.parts, limits(shape.draft, topology), options)
@@ -197,18 +201,20 @@ class _Search:
                     self._try(drafts, shape.parts, kind)
 
     def _polish(self) -> None:
-        """Local search from the best few shapes."""
-        for candidate in self._distinct()[:STARTS]:
-            drafts, shape = candidate.drafts, candidate.shape
-            rounds = min(drafts.rounds, 3 * max(shape.rhythm.warms) + 4)
-            tries = TASKS // (STARTS * 6 * rounds * len(shape.parts))
-            better = polish(drafts, shape, candidate.kind, tries, spare=self._spare)
-            if matters(drafts):
-                better = placed(drafts, better, candidate.kind, tries // 4, spare=self._spare)
-            for kind in self._kinds:
-                self._try(drafts, better.parts, kind)
-            key = (drafts.micro_batch, candidate.kind, better.parts)
-            self.found[key] = _Candidate(drafts, candidate.kind, better)
+        """Local search from the best few shapes, then from fewer with other moves."""
+        for seed, starts in enumerate(STARTS):
+            for candidate in self._distinct()[:starts]:
+                drafts, shape = candidate.drafts, candidate.shape
+                rounds = min(drafts.rounds, 3 * max(shape.rhythm.warms) + 4)
+                each = DRAFT + 4 * rounds * len(shape.parts)
+                tries = TASKS // (len(STARTS) * starts * each)
+                better = polish(drafts, shape, candidate.kind, tries, spare=self._spare, seed=seed)
+                if matters(drafts):
+                    better = placed(drafts, better, candidate.kind, tries // 4, spare=self._spare)
+                for kind in self._kinds:
+                    self._try(drafts, better.parts, kind)
+                key = (drafts.micro_batch, candidate.kind, better.parts)
+                self.found[key] = _Candidate(drafts, candidate.kind, better)
 
     def _order(self) -> None:
         """Other orders for the stages of the best shapes, those chosen on a clock too."""
@@ -218,16 +224,22 @@ class _Search:
                 self._offer(other)
 
     def _colocate(self) -> None:
-        """Stages that share devices, from the best shapes."""
-        options = self.problem.options
-        for candidate in self._distinct()[:EXACT]:
+        """Stages that share devices, from all shapes: a bad one may be a good start. The best balanced ones
+        are simulated."""
+        found: dict[frozenset[Group], tuple[float, int, tuple[Group, ...]]] = {}
+        for candidate in self._distinct()[:LENDERS]:
             drafts = candidate.drafts
-            for groups in colocated(drafts, candidate.shape.draft):
-                plan = assemble(self.problem, groups, drafts.micro_batch, NAME)
-                if fits(plan):
-                    self._offer(estimated(plan))
-                for other in rescheduled(plan, options):
-                    self._offer(other)
+            for shared in colocated(drafts, candidate.shape.draft):
+                key = frozenset(shared.groups)
+                found.setdefault(key, (shared.load, drafts.micro_batch, shared.groups))
+        for load, size, groups in sorted(found.values(), key=lambda item: item[0])[:SHARED]:
+            if self.best is not None and load >= self.best.estimate:
+                break
+            plan = assemble(self.problem, groups, size, NAME)
+            if fits(plan):
+                self._offer(estimated(plan))
+            for other in rescheduled(plan, self.problem.options):
+                self._offer(other)
 
     def _try(self, drafts: Drafts, parts: Parts, kind: Kind, *, spare: bool = False) -> None:
         key = (drafts.micro_batch, kind, parts)

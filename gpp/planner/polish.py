@@ -5,6 +5,7 @@ step does, so changes that cost little are accepted for a while (Dueck and Scheu
 seeded stream of changes and a budget of simulated tasks, never of seconds.
 """
 
+import math
 from dataclasses import dataclass
 
 from .draft import Draft, Drafts
@@ -31,15 +32,18 @@ class Shape:
         return self.pace.seconds
 
 
-def shaped(drafts: Drafts, parts: Parts, kind: Kind, *, spare: bool = False) -> Shape | None:
-    """The parts as a plan; None: they are none, or do not fit memory.
+def shaped(
+    drafts: Drafts, parts: Parts, kind: Kind, *, spare: bool = False, within: float = math.inf
+) -> Shape | None:
+    """The parts as a plan; None: they are none, do not fit memory, or their step must take longer than
+    `within`.
 
     With `spare`, stages that do not fit do what the options allow to need less, see `memory_choices`.
     """
     options, topology = drafts.problem.options, drafts.problem.topology
     while True:
         draft = drafts.draft(parts)
-        if draft is None:
+        if draft is None or max(drafts.rounds * b.busy + b.update for b in draft.beats) > within:
             return None
         most = limits(draft, topology)
         found = rhythm(draft, kind, drafts.rounds, most)
@@ -78,10 +82,11 @@ def polish(
     for number in range(tries):
         slack = PATIENCE * (1 - number / tries) ** 2
         parts = moves.propose(here.parts, weights)
-        found = shaped(drafts, parts, kind, spare=spare) if parts is not None else None
-        if found is None:
+        if parts is None:
             continue
-        if found.seconds <= here.seconds * (1 + slack):
+        most = here.seconds * (1 + slack)
+        found = shaped(drafts, parts, kind, spare=spare, within=most)
+        if found is not None and found.seconds <= most:
             here, weights = found, shares(found)
             if here.seconds < best.seconds * (1 - 1e-9):
                 best = here

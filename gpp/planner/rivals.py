@@ -58,6 +58,7 @@ def partitions(problem: Problem, micro_batch: int) -> list[list[Group]]:
         pipedream.groups(problem, micro_batch),
         sequential.groups(problem, micro_batch),
         exact.downset_groups(problem, micro_batch),
+        exact.downset_groups(problem, micro_batch, reduce=False),
     ]
     fitting = [groups for groups in found if groups is not None]
     return fitting or graphpipe.candidates(problem, micro_batch, ignore_memory=True)
