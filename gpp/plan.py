@@ -276,6 +276,11 @@ class Plan:
         return dict(sorted(found.items()))
 
     @property
+    def gap(self) -> float | None:
+        """How far the estimate is above the lower bound, as a share of it; None where there is no bound."""
+        return max(self.estimate / self.lower_bound - 1, 0.0) if self.lower_bound else None
+
+    @property
     def idle_devices(self) -> tuple[int, ...]:
         """Devices that no stage uses."""
         return tuple(d for d in range(len(self.topology.devices)) if d not in self.residents)

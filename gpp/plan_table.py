@@ -12,6 +12,7 @@ def plan_table(plan: Plan) -> str:
     devices, predicted step time, lower bound and gap, what gives the bound, and what each of the planner's
     choices bought."""
     special = _special(plan)
+    head: tuple[str, ...]
     head = ("stage", "operators", "devices", "parameters", "memory", "in-flight", "share of time")
     rows = [_row(plan, index) for index in range(len(plan.stage_graph.stages))]
     if any(special):
@@ -76,9 +77,8 @@ def _summary(plan: Plan) -> list[str]:
             f"predicted step {readable_seconds(plan.estimate)}, "
             f"{plan.mini_batch / plan.estimate:.4g} samples/s"
         )
-        if plan.lower_bound:
-            gap = max(plan.estimate / plan.lower_bound - 1, 0.0)
-            line += f"; lower bound {readable_seconds(plan.lower_bound)} (gap {gap:.1%})"
+        if plan.gap is not None:
+            line += f"; lower bound {readable_seconds(plan.lower_bound)} (gap {plan.gap:.1%})"
             line += f" by {plan.bound_by}" if plan.bound_by else ""
         lines.append(line)
     if plan.choices:

@@ -24,7 +24,7 @@ def from_json(cls: type[T], text: str, form: str) -> T:
     whatever the record's own checks raise."""
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number too long, or nested too deep
         raise RecordError(f"malformed JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != form:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -54,7 +54,7 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list):
             raise RecordError(f"{path} must be a list, it is {type(value).__name__}")
         inner = typing.get_args(hint)[0]
-        return tuple(_decode(inner, item, f"{path}[{i}]") for i, item in enumerate(value))
+        return tuple(_decode(inner, item, f"{path}[{i}]{_named(item)}") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return _decode_record(cast(type, hint), value, path)
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -80,12 +80,21 @@ def _decode_record(cls: type, value: Any, path: str) -> Any:
             arguments[name] = _decode(hints[name], value[name], f"{path}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise RecordError(f"{path} lacks the key {name!r}")
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ValueError as error:  # a record's own rule: the outermost knows its parts by name
+        raise type(error)(f"{path}: {error}" if "." in path else str(error)) from None
+
+
+def _named(item: Any) -> str:
+    """The name of a record in a list, for messages."""
+    name = item.get("name") if isinstance(item, dict) else None
+    return f" ({name})" if isinstance(name, str) else ""
 
 
 def _decode_scalar(hint: Any, value: Any, path: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and number:
+    if hint is float and number and value == value:
         return float(value)
     if hint is int and isinstance(value, int) and number:
         return value

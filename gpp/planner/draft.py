@@ -100,7 +100,8 @@ class Drafts:
                 back = tensor.bytes if tensor.needs_grad else 0
                 self.tensors.append((source, tuple(sorted(found - {source})), tensor.bytes, back))
         self._seconds: dict[tuple[int, tuple[int, ...]], list[list[float]]] = {}
-        self._stages: dict[object, tuple[Beat, Room]] = {}
+        self._stages: dict[object, tuple[Beat, Room]] = {}  # of places that are alike
+        self._placed: dict[tuple[Part, tuple[int, ...]], tuple[Beat, Room]] = {}
         self._places: dict[tuple[int, ...], Places] = {}
         self._links: dict[tuple[tuple[int, ...], tuple[int, ...]], Link] = {}
         self._allowed: dict[frozenset[int], tuple[int, ...]] = {}
@@ -226,13 +227,15 @@ class Drafts:
 
     def stage(self, part: Part, place: tuple[int, ...]) -> tuple[Beat, Room]:
         """A stage on these devices: its times, and its bytes."""
-        topology = self.problem.topology
-        kinds = tuple(dict.fromkeys(topology.devices[d] for d in place))
-        hosts = len({topology.host(d) for d in place})
-        key = (part, kinds, hosts)
-        if key not in self._stages:
-            self._stages[key] = self._priced(part, place)
-        return self._stages[key]
+        found = self._placed.get((part, place))
+        if found is None:
+            topology = self.problem.topology
+            kinds = tuple(dict.fromkeys(topology.devices[d] for d in place))
+            key = (part, kinds, len({topology.host(d) for d in place}))
+            if key not in self._stages:
+                self._stages[key] = self._priced(part, place)
+            found = self._placed[part, place] = self._stages[key]
+        return found
 
     def _priced(self, part: Part, place: tuple[int, ...]) -> tuple[Beat, Room]:
         problem, topology, degree = self.problem, self.problem.topology, part.devices

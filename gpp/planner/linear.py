@@ -167,6 +167,8 @@ class _Search:
         while high - low > 1:  # whatever is in flight
             middle = (low + high) // 2
             low, high = (low, middle) if self._fewest(times[middle], fits) else (middle, high)
+        if self._anywhere(fits):
+            return self._stages(times[high], fits)
         low, step, found = high - 1, 1, None
         while found is None:  # the position from the end counts
             high = min(low + step, len(times) - 1)
@@ -212,6 +214,10 @@ class _Search:
         held = (table.stash + table.sent) * own + table.received * upstream
         return np.asarray(table.static + table.micro_batch / degree * held)
 
+    def _anywhere(self, fits: dict[int, Counts]) -> bool:
+        """Whether what fits at all fits at any position."""
+        return all(((found == 0) | (found >= self.depth)).all() for found in fits.values())
+
     def _fewest(self, threshold: float, fits: dict[int, Counts]) -> bool:
         """Whether the devices suffice, were every stage the last."""
         devices = self._devices(threshold, fits, 1)
@@ -226,7 +232,7 @@ class _Search:
         need = np.full(self.count + 1, INF, dtype=np.int32)
         need[-1] = 0
         needs = [need]
-        anywhere = all(((found == 0) | (found >= self.depth)).all() for found in fits.values())
+        anywhere = self._anywhere(fits)
         devices = self._devices(threshold, fits, 1)
         for position in range(1, self.depth + 1):
             if position > 1 and not anywhere:
