@@ -23,6 +23,9 @@ class CostError(ValueError):
     """Measured costs that cannot be read, or that are those of another model."""
 
 
+NOTHING = Work()
+
+
 class CostModel(Protocol):
     """Times of one operator on one device for one call over `samples` samples."""
 
@@ -49,7 +52,7 @@ class Roofline:
     update_traffic: float = 7.0  # AdamW reads weight, gradient, two moments and writes three of them
 
     def _seconds(self, work: Work, samples: float, device: Device) -> float:
-        if work == Work():
+        if work == NOTHING:
             return 0.0
         moved = work.bytes * samples + work.bytes_per_call
         return (

@@ -49,7 +49,7 @@ def _compare(config: DictConfig, overrides: Sequence[str]) -> None:
     print(comparison_table(rows))
     (folder / "comparison.csv").write_text(comparison_csv(rows))
     print(f"table: {folder / 'comparison.csv'}")
-    print(_drawn(rows, folder, config), flush=True)
+    print(drawn(rows, folder, config), flush=True)
 
 
 def problem_of(request: Request, subject: Subject) -> Problem:
@@ -122,7 +122,7 @@ def _asked(config: DictConfig, name: str, count: int, mini_batch: int) -> DictCo
     return asked
 
 
-def _drawn(rows: Sequence[Row], folder: Path, config: DictConfig) -> str:
+def drawn(rows: Sequence[Row], folder: Path, config: DictConfig) -> str:
     """Draw what there is to draw, and say where it is or why not."""
     if all(row.step_seconds is None for row in rows):
         return "no figures: there is no plan to draw"

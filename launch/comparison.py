@@ -25,7 +25,8 @@ class Row:
     `ratio`: throughput over that of the linear plan (planner sequential) on as many devices; `on_graph` the
     same for a linear plan's partition, each stage waiting for its true predecessors alone. `bubble` is the
     share of all devices' time that is not computing, `peak_memory` that of the fullest device, `gap` how far
-    the step is above its proven lower bound. Where there is no plan, `why` says so and numbers are None.
+    the step is above its proven lower bound, `bound_by` what gives that. Where there is no plan, `why` says
+    so and numbers are None.
     """
 
     devices: int
@@ -44,6 +45,7 @@ class Row:
     schedule: str = ""
     planning_seconds: float | None = None
     gap: float | None = None
+    bound_by: str = ""
     why: str = ""
 
 
@@ -99,7 +101,8 @@ def row(name: str, problem: Problem, found: Answer, linear: Plan | None) -> Row:
         depth=graph.depth,
         schedule=plan.policy.name,
         planning_seconds=found.seconds,
-        gap=max(plan.estimate / plan.lower_bound - 1, 0.0) if plan.lower_bound else None,
+        gap=plan.gap,
+        bound_by=plan.bound_by,
     )
 
 
@@ -128,7 +131,7 @@ def on_true_graph(problem: Problem, plan: Plan) -> Plan | None:
         check_plan(free)
     except PlanError:
         return None
-    return replace(estimated(free), lower_bound=plan.lower_bound)
+    return replace(estimated(free), lower_bound=plan.lower_bound, bound_by=plan.bound_by)
 
 
 def idle_share(plan: Plan) -> float:
@@ -156,9 +159,9 @@ _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "memory": lambda row: _said(row.peak_memory, readable_bytes),
     "stages": lambda row: _said(row.stages, str),
     "depth": lambda row: _said(row.depth, str),
-    "micro-batch": lambda row: row.micro_batch,
-    "m": lambda row: row.micro_batches,
-    "schedule": lambda row: row.schedule,
+    "micro-batch": lambda row: row.micro_batch or "-",
+    "m": lambda row: row.micro_batches or "-",
+    "schedule": lambda row: row.schedule or "-",
     "planned in": lambda row: _said(row.planning_seconds, lambda value: f"{value:.2f} s"),
     "gap": lambda row: _said(row.gap, lambda value: f"{value:.1%}"),
 }
@@ -169,14 +172,17 @@ def _said(value: T | None, text: Callable[[T], str]) -> str:
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """The rows as text, then one line for each planner that has no plan."""
-    made = [row for row in rows if row.step_seconds is not None]
-    cells = [list(_COLUMNS), *([text(row) for text in _COLUMNS.values()] for row in made)]
+    """The rows as text, then why planners have no plan: one line for all device counts of the same reason."""
+    cells = [list(_COLUMNS), *([text(row) for text in _COLUMNS.values()] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    missing = [f"{row.planner} on {row.devices}: {row.why}" for row in rows if row.step_seconds is None]
-    return "\n".join([*lines, *missing]) + "\n"
+    missing: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.step_seconds is None:
+            missing.setdefault((row.planner, row.why), []).append(str(row.devices))
+    lines += [f"{planner} on {', '.join(counts)}: {why}" for (planner, why), counts in missing.items()]
+    return "\n".join(lines) + "\n"
 
 
 def comparison_csv(rows: Sequence[Row]) -> str:

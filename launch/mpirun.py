@@ -16,7 +16,9 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[1]
 SYSTEM = Path("/sys/devices/system/cpu")
-COMMANDS = ("launch.train", "launch.plan", "launch.capture", "launch.simulate")
+COMMANDS = (
+    *("launch.train", "launch.plan", "launch.compare", "launch.profile", "launch.capture", "launch.simulate"),
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "graphpipe": (*_COMMON, "stage_micro_batches", "bursts"),
     "sequential": _COMMON,
     "pipedream": _COMMON,
-    "piper": _COMMON,
+    "piper": (*_COMMON, "collapse"),
 }
 NAMES = tuple(KEYS)
 _CONSTRAINTS = ("together", "pins", "uncut", "replicas")
@@ -33,6 +33,7 @@ class PlannerSettings:
     constraints: Constraints
     stage_micro_batches: bool
     bursts: tuple[int, ...]
+    collapse: bool
     switches: frozenset[str]
 
 
@@ -48,6 +49,7 @@ def planner_settings(config: DictConfig) -> PlannerSettings:
         constraints=constraints(config),
         stage_micro_batches=_flag(config, "planner.stage_micro_batches"),
         bursts=_bursts(config),
+        collapse=_flag(config, "planner.collapse"),
         switches=frozenset(key for key in SEARCHED if _flag(config, f"planner.{key}")),
     )
 

@@ -80,6 +80,7 @@ class Request:
             constraints=asked.constraints,
             stage_micro_batches=asked.stage_micro_batches,
             bursts=asked.bursts,
+            collapse=asked.collapse,
             eager="eager" in on,
             split_backward="split_backward" in on,
             greedy="greedy" in on,
@@ -163,11 +164,15 @@ def read_subject(path: str, optimizer: Mapping[str, Any]) -> Subject:
     A file does not say which of its terms are the loss: a term that mixes samples counts as one.
     """
     text = _text(path, "graph")
-    kind = profile_kind(text)
+    kind = profile_kind(text, path)
     if kind is not None:
         from gpp.formats import read_profile
+        from gpp.formats.profile import ProfileError
 
-        profile = read_profile(text, path)
+        try:
+            profile = read_profile(text, path)
+        except ProfileError as error:
+            raise ProfileError(str(error) if path in str(error) else f"{path}: {error}") from None
         source = (
             f"{path}: {kind}, {graph_text(profile.graph)}, its own times; what it calls a batch is taken as "
             f"{profile.unit} samples"
@@ -181,14 +186,15 @@ def read_subject(path: str, optimizer: Mapping[str, Any]) -> Subject:
     return Subject(graph, coupled, state_factor(optimizer), source=f"{path}: {graph_text(graph)}")
 
 
-def profile_kind(text: str) -> str | None:
-    """Whose profile a text is; None for a computation graph of our own, or what should be one."""
-    if not text.lstrip().startswith("{"):
+def profile_kind(text: str, path: str) -> str | None:
+    """Whose profile a file is; None for a computation graph of our own, or what should be one."""
+    if not text.lstrip().startswith("{") and not path.endswith(".json"):
         return "a profile of PipeDream's"
     try:
-        return "a profile of Piper's" if "nodes" in json.loads(text) else None
-    except json.JSONDecodeError:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # not JSON, a number too long, or nested too deep
         return None
+    return "a profile of Piper's" if isinstance(found, dict) and "nodes" in found else None
 
 
 def graph_text(graph: ComputationGraph) -> str:
@@ -227,7 +233,7 @@ def _text(path: str, what: str) -> str:
     if not file.is_file():
         raise SettingsError(f"there is no {what} file {path}")
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is no {what} file: {error}") from None
 

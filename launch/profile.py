@@ -90,7 +90,7 @@ def profile_table(made: "Profile", kinds: Mapping[str, str]) -> str:
     sizes = made.corrections
     passes = "forward, input half, weight half"
     lines = [f"{'operator':40s}{'kind':14s}{'times':>6s}  us of {passes}"]
-    lines.append(" " * 62 + "".join(f"{f'{c.samples} samples':>30s}" for c in sizes))
+    lines.append(" " * 62 + "".join(f"{_samples(c.samples):>30s}" for c in sizes))
     rows = sorted(made.alike, key=lambda names: -len(names) * _seconds(timings[names[0]]))
     for names in rows[:ROWS]:
         timing = timings[names[0]]
@@ -101,13 +101,17 @@ def profile_table(made: "Profile", kinds: Mapping[str, str]) -> str:
         lines.append(f"and {len(rows) - ROWS} more kinds of work")
     for c in sizes:
         lines.append(
-            f"{c.samples} samples: whole stages take {c.forward:.2f} of the sum of their operators forward, "
-            f"{c.backward:.2f} backward; times are scaled by that"
+            f"{_samples(c.samples)}: whole stages take {c.forward:.2f} of the sum of their operators' times "
+            f"forward, {c.backward:.2f} backward; times are scaled by that"
         )
     lines.append(
         f"{made.measured} of {made.needed} times measured now, the others found; {made.table.measured_on}"
     )
     return "\n".join(lines)
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample" + ("" if count == 1 else "s")
 
 
 def _seconds(timing: Timing) -> float:

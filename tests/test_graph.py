@@ -96,7 +96,7 @@ def test_a_backward_comes_from_a_trainable_parameter_or_an_output_that_needs_one
         (lambda: graph_from_json("{}"), 'not a computation graph: the key "format"'),
         (
             lambda: graph_from_json(graph_to_json(DIAMOND).replace('"linear"', "7")),
-            r"ComputationGraph\.operators\[0\]\.kind must be of type str",
+            r"ComputationGraph\.operators\[0\] \(stem\)\.kind must be of type str",
         ),
     ],
 )

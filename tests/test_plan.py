@@ -100,7 +100,11 @@ class TestJson:
             (("policy", "name"), "best", "schedule 'best' is unknown"),
             (("stage_graph", "stages", 1, "devices"), [0, 0], "needs distinct devices"),
             (("stage_graph", "edges", 0, "source"), None, r"edges\[0\]\.source must be of type int"),
-            (("topology", "per_host"), 0, "not a plan: cluster test: per_host must be at least 1"),
+            (
+                ("topology", "per_host"),
+                0,
+                "not a plan: Plan.topology: cluster test: per_host must be at least 1",
+            ),
         ],
     )
     def test_a_file_that_breaks_a_rule(self, place, value, message):

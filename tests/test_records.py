@@ -19,6 +19,25 @@ class Point:
     x: int
     y: float = 0.0
 
+    def __post_init__(self):
+        if self.y == -1:
+            raise Unlucky("y must not be -1")
+
+
+class Unlucky(ValueError):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    name: str
+    at: Point
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    places: tuple[Named, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
@@ -36,7 +55,9 @@ SQUARE = Drawing("square", (Point(0), Point(1, 2.5)), Colour.BLUE, True, Point(3
 records = st.builds(
     Drawing,
     name=st.text(),
-    points=st.lists(st.builds(Point, x=st.integers(), y=st.floats(allow_nan=False)), max_size=3).map(tuple),
+    points=st.lists(
+        st.builds(Point, x=st.integers(), y=st.floats(allow_nan=False).filter(lambda y: y != -1)), max_size=3
+    ).map(tuple),
     colour=st.sampled_from(Colour),
     closed=st.booleans(),
     origin=st.none() | st.builds(Point, x=st.integers()),
@@ -85,6 +106,7 @@ def changed(**changes: object) -> str:
         (changed(points=[{"x": 0}, {"x": "1"}]), r"Drawing\.points\[1\]\.x must be of type int, it is '1'"),
         (changed(points=[{"x": True}]), "must be of type int, it is True"),
         (changed(points=[{"x": 1.5}]), "must be of type int, it is 1.5"),
+        (changed(points=[{"x": 1, "y": float("nan")}]), r"points\[0\]\.y must be of type float, it is nan"),
         (changed(closed=1), r"Drawing\.closed must be of type bool, it is 1"),
         (changed(name=None), r"Drawing\.name must be of type str, it is None"),
         (changed(names=[["a", 1]]), r"Drawing\.names\[0\]\[1\] must be of type str"),
@@ -94,3 +116,11 @@ def changed(**changes: object) -> str:
 def test_an_error_names_the_place(text, message):
     with pytest.raises(RecordError, match=message):
         from_json(Drawing, text, FORM)
+
+
+def test_a_broken_rule_is_told_with_its_place_and_the_name_of_what_breaks_it():
+    text = to_json(Map((Named("north", Point(1)), Named("south", Point(2)))), FORM)
+    with pytest.raises(Unlucky, match=r"^Map\.places\[1\] \(south\)\.at: y must not be -1$"):
+        from_json(Map, text[::-1].replace("0.0", "1-", 1)[::-1], FORM)
+    with pytest.raises(Unlucky, match=r"^y must not be -1$"):
+        from_json(Point, json.dumps({"format": FORM, "x": 1, "y": -1}), FORM)

@@ -22,6 +22,8 @@ CHECKOUT = Path(__file__).parents[2]
 # of the configuration's models, those of the paper (GraphPipe §7.1, A.2) and its case study (§7.4)
 PAPER: Mapping[str, str] = {"MMT": "mmt_paper", "DLRM": "dlrm", "CANDLE-Uno": "candle_uno"}
 CASE_STUDY = "case_study"
+# Samples of a micro-batch wherever it is fixed
+MICRO_BATCH: Mapping[str, int] = {"MMT": 4, "DLRM": 256, "CANDLE-Uno": 256}
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Workload:
     optimizer_factor: float
 
     def problem(self, devices: int, options: Options, *, memory: float | None = None) -> Problem:
-        """What a planner is given; `memory` bytes a device instead of the cluster's own."""
+        """What a planner is given, with nothing remembered from an earlier question; `memory` bytes a device
+        instead of the cluster's own."""
         options = replace(options, optimizer_factor=self.optimizer_factor)
-        return Problem(self.graph, clustered(self.cluster, devices, memory), self.costs, options)
+        return Problem(replace(self.graph), clustered(self.cluster, devices, memory), self.costs, options)
 
 
 def clustered(name: str, devices: int, memory: float | None = None) -> DeviceTopology:
@@ -91,14 +94,18 @@ def published(folder: Path, *patterns: str) -> dict[str, tuple[Workload, int]]:
     return found
 
 
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """Model and samples, of each."""
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
 Question = tuple[Workload, Options]
 
 
 def questions(models: Mapping[str, Workload], folder: Path | None) -> dict[str, Question]:
     """A step of 32 micro-batches of every workload: the paper's models and case study, published profiles."""
-    sizes = {"MMT": 4, "DLRM": 256, "CANDLE-Uno": 256}
     found = {
-        name: (work, Options(mini_batch=32 * sizes[name], micro_batch=sizes[name]))
+        name: (work, Options(mini_batch=32 * MICRO_BATCH[name], micro_batch=MICRO_BATCH[name]))
         for name, work in models.items()
     }
     found["case study"] = (captured(CASE_STUDY), Options(mini_batch=128, micro_batch=4))

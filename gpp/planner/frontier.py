@@ -101,9 +101,9 @@ class _Frontier:
                 if self.rounds * least + longest > SLACK * self.best:
                     break
                 if space is self.space:
-                    yield from self.shallower(space, seconds, longest)
+                    yield from self.shallower(space, seconds, longest, least)
                 flat = space.search(space.leaves, self.micro_batch, seconds=seconds)
-                answer = flat.answer(self.memory, precision=COARSE)
+                answer = flat.answer(self.memory, within=(least, float("inf")), precision=COARSE)
                 if answer is not None:
                     yield self.point(space, answer)
 
@@ -119,11 +119,11 @@ class _Frontier:
                 before = least
 
     def shallower(
-        self, space: Space, seconds: dict[int, NDArray[np.float64]], longest: float
+        self, space: Space, seconds: dict[int, NDArray[np.float64]], longest: float, least: float
     ) -> Iterator[_Point]:
         """The least threshold, then for as long as it may pay the least with fewer levels."""
         search = space.search(space.tree, self.micro_batch, seconds=seconds)
-        answer = search.answer(self.memory, precision=COARSE)
+        answer = search.answer(self.memory, within=(least, float("inf")), precision=COARSE)
         while answer is not None:
             yield self.point(space, answer)
             level = answer.level - 1

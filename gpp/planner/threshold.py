@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,12 +87,12 @@ class ThresholdSearch:
         the answer is within a relative `precision` of the least."""
         level = self.top if level is None else min(level, self.top)
         fits = self._fits(memory)
-        least = interval_optimum(
+        least = within[0] or interval_optimum(
             [(d, np.where(fits[d] > 0, self.seconds[d], np.inf)) for d in fits], self.devices
         )
         if not np.isfinite(least):
             return None
-        times = self.times(max(least, within[0]) * (1 - TOLERANCE))
+        times = self.times(least * (1 - TOLERANCE))
         times = times[times <= within[1]]
         if not len(times):
             return None
@@ -121,7 +122,11 @@ class ThresholdSearch:
 
     def times(self, least: float = 0.0) -> NDArray[np.float64]:
         """The thresholds: all times of the table from `least` on, ascending."""
-        return np.unique(np.concatenate([t[(t >= least) & np.isfinite(t)] for t in self.seconds.values()]))
+        return self._times[np.searchsorted(self._times, least) :]
+
+    @cached_property
+    def _times(self) -> NDArray[np.float64]:
+        return np.unique(np.concatenate([t[np.isfinite(t)] for t in self.seconds.values()]))
 
     def leaner(self, answer: Answer) -> Answer:
         """An answer with (about) the least peak memory among those with the same bottleneck."""

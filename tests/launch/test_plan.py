@@ -66,6 +66,8 @@ LINES = {
     "graphpipe": mine("graphpipe", "planner=graphpipe"),
     "sequential": mine("sequential", "planner=sequential"),
     "pipedream": mine("pipedream", "planner=pipedream"),
+    "piper": mine("piper", "planner=piper", "planner.max_replicas=1"),
+    "collapsed": mine("collapsed", "planner=piper", "planner.max_replicas=1", "planner.collapse=true"),
     "replicas": mine(
         "replicas", "planner=sequential", "planner.max_replicas=2", "planner.constraints.replicas={t0.*: 2}"
     ),
@@ -79,6 +81,14 @@ LINES = {
     "no such planner": mine("no", "planner.name=best"),
     "another's key": mine("no", "planner=sequential", "+planner.bursts=[2]"),
     "truncated": plan("no", "profile=short.json"),
+    "no object": plan("no", "profile=list.json"),
+    "cycle": plan("no", "profile=cycle.json"),
+    "cycle of ours": plan("no", "profile=ring.json"),
+    "negative time": plan("no", "profile=negative.txt"),
+    "negative work": plan("no", "profile=negative.json"),
+    "no device": mine("no", "cluster.memory=1e6"),
+    "contradiction": mine("no", "planner.constraints.pins={t0.l0: a, t0.l1: b, t0.l2: a}"),
+    "no costs": mine("no", "cost=profiled", "cost.path=short.json"),
     "no profile": plan("no", "profile=letter.txt"),
 }
 
@@ -91,6 +101,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "piper.json").write_text(PIPER)
     (made / "short.json").write_text(PIPER[:100])
     (made / "letter.txt").write_text("Dear planner,\n")
+    (made / "list.json").write_text("[1, 2]")
+    (made / "negative.txt").write_text(PIPEDREAM.replace("compute_time=2.0", "compute_time=-2.0"))
+    piper, ours = json.loads(PIPER), json.loads(graph_to_json(GRAPH))
+    piper["edges"].append({"sourceId": 2, "destId": 0, "communicationCost": 1.0})
+    (made / "cycle.json").write_text(json.dumps(piper))
+    first, second = ours["operators"][:2]
+    first["inputs"].append(second["outputs"][0]["name"])
+    (made / "ring.json").write_text(json.dumps(ours))
+    first["inputs"].pop()
+    second["forward"]["flops"] = -1.0
+    (made / "negative.json").write_text(json.dumps(ours))
     return made
 
 
@@ -114,6 +135,12 @@ def test_planners_by_name(name: str, folder: Path, done: dict[str, Result]) -> N
     found = made(folder, name)
     assert (found.planner, found.mini_batch, len(found.topology.devices)) == (name, 16, 6)
     assert found.estimate >= found.lower_bound > 0
+
+
+def test_equal_branches_need_not_be_told_apart(folder: Path, done: dict[str, Result]) -> None:
+    for name in ("piper", "collapsed"):
+        done[name].passed()
+    assert made(folder, "collapsed").estimate == pytest.approx(made(folder, "piper").estimate)
 
 
 def test_constraints_from_the_command_line(folder: Path, done: dict[str, Result]) -> None:
@@ -157,6 +184,14 @@ def test_published_profiles_bring_their_own_times(
         ("another's key", "planner sequential has no key planner.bursts"),
         ("truncated", "short.json: not a computation graph: malformed JSON"),
         ("no profile", "letter.txt"),
+        ("no object", 'list.json: not a computation graph: the key "format" must be'),
+        ("cycle", "cycle.json: the graph must be acyclic, node 0 is on a cycle"),
+        ("cycle of ours", "ring.json: operator t0.l0 reads t0.l1.out, which no earlier operator produces"),
+        ("negative time", "node node1: backward_compute_time must be a number of at least 0, it is '-2.0'"),
+        ("negative work", "operators[1] (t0.l1).forward: work must not be negative"),
+        ("no device", "operator t0.l0 by itself needs about"),
+        ("contradiction", "operator t0.l0 is given a and t0.l1 b"),
+        ("no costs", "short.json: costs: malformed JSON"),
     ],
 )
 def test_what_it_refuses(name: str, message: str, done: dict[str, Result]) -> None:

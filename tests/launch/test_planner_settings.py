@@ -36,6 +36,13 @@ def test_graphpipes_own_switches() -> None:
     assert (found.stage_micro_batches, found.bursts) == (True, (1, 2, 4))
 
 
+def test_pipers_own_switch() -> None:
+    assert not planner_settings(asked("piper")).collapse
+    assert planner_settings(asked("piper", "planner.collapse=true")).collapse
+    with pytest.raises(SettingsError, match=r"planner.collapse must be true or false, it is 3"):
+        planner_settings(asked("piper", "planner.collapse=3"))
+
+
 def test_constraints() -> None:
     config = asked(
         "gpp",
