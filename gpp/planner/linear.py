@@ -167,8 +167,8 @@ class _Search:
         while high - low > 1:  # whatever is in flight
             middle = (low + high) // 2
             low, high = (low, middle) if self._fewest(times[middle], fits) else (middle, high)
-        if self._anywhere(fits):
-            return self._stages(times[high], fits)
+        if not any(self._last(fits)[1 : self.depth]):
+            return self._stages(times[high], fits)  # memory tells no positions apart
         low, step, found = high - 1, 1, None
         while found is None:  # the position from the end counts
             high = min(low + step, len(times) - 1)
@@ -205,7 +205,7 @@ class _Search:
                 above = np.minimum(middle + 1, self.depth + 1)
                 need = self._memory(degree, self.held[middle], self.held[above])
                 low, high = np.where(need <= memory, (middle, high), (low, middle))
-            found[degree] = low
+            found[degree] = np.where(np.isfinite(self.seconds[degree]), low, 0)
         return found
 
     def _memory(self, degree: int, own: Array, upstream: Array) -> Array:
@@ -214,9 +214,10 @@ class _Search:
         held = (table.stash + table.sent) * own + table.received * upstream
         return np.asarray(table.static + table.micro_batch / degree * held)
 
-    def _anywhere(self, fits: dict[int, Counts]) -> bool:
-        """Whether what fits at all fits at any position."""
-        return all(((found == 0) | (found >= self.depth)).all() for found in fits.values())
+    def _last(self, fits: dict[int, Counts]) -> list[int]:
+        """How many intervals have each position as their last from the end."""
+        counts = [np.bincount(found.ravel(), minlength=self.depth + 1) for found in fits.values()]
+        return [int(count) for count in np.sum(counts, axis=0)]
 
     def _fewest(self, threshold: float, fits: dict[int, Counts]) -> bool:
         """Whether the devices suffice, were every stage the last."""
@@ -232,10 +233,10 @@ class _Search:
         need = np.full(self.count + 1, INF, dtype=np.int32)
         need[-1] = 0
         needs = [need]
-        anywhere = self._anywhere(fits)
+        last = self._last(fits)
         devices = self._devices(threshold, fits, 1)
         for position in range(1, self.depth + 1):
-            if position > 1 and not anywhere:
+            if position > 1 and last[position - 1]:
                 devices = self._devices(threshold, fits, position)
             need = np.minimum(INF, (devices + need).min(1))
             needs.append(need)
@@ -262,7 +263,7 @@ class _Search:
         devices: Counts = np.full_like(self.empty[row], INF)
         for degree in sorted(fits, reverse=True):
             may = (self.seconds[degree][row] <= limit) & (fits[degree][row] >= position)
-            devices[may & np.isfinite(self.seconds[degree][row])] = degree
+            np.putmask(devices, may, degree)
         return devices
 
 
