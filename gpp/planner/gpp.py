@@ -14,7 +14,7 @@ from functools import cached_property
 
 from gpp.cost import CostModel
 from gpp.graph import ComputationGraph
-from gpp.plan import Choice, Plan
+from gpp.plan import Choice, Plan, PlanError
 from gpp.topology import DeviceTopology
 
 from . import graphpipe
@@ -61,7 +61,7 @@ def plan(graph: ComputationGraph, topology: DeviceTopology, costs: CostModel, op
     search = _Search(problem, others, least)
     best = search.run()
     if best is None:
-        raise others.refusals[0]
+        raise _refusal(others.refusals[0], options)
     choices = tuple(search.choices)
     return replace(best, planner=NAME, lower_bound=least, bound_by=which, choices=choices)
 
@@ -289,6 +289,12 @@ def realised(drafts: Drafts, shape: Shape) -> Plan:
         warm, lag = held[stage.operators[0]]
         stages.append(replace(stage, in_flight=(warm + lag) * drafts.micro_batch, weight_lag=lag))
     return replace(plan, stage_graph=replace(plan.stage_graph, stages=tuple(stages)))
+
+
+def _refusal(first: PlanError, options: Options) -> PlanError:
+    """What the first planner says, and what was tried besides."""
+    tried = [name for name in ("recompute", "shard_optimizer") if getattr(options, name)]
+    return PlanError(f"{first} (nor does it with planner.{' and planner.'.join(tried)})") if tried else first
 
 
 def _cut(parts: Iterable[Part]) -> Parts:

@@ -17,6 +17,7 @@ from gpp.schedule.inflight import in_flight
 
 from .estimate import Group, Problem, assemble, fits
 from .intervals import IntervalCosts, Intervals
+from .shortage import too_large
 from .sizes import Found, sweep
 
 MANY = 192  # runs from which on neighbours too light to matter are merged
@@ -132,7 +133,7 @@ def best(line: Line, planner: str, *, replicas: bool) -> Plan:
 
     found = sweep(problem, made)
     if found is None:
-        raise PlanError(line.shortage(replicas=replicas))
+        raise too_large(problem.space) or PlanError(line.shortage(replicas=replicas))
     return found[0]
 
 

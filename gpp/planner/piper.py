@@ -27,6 +27,7 @@ from .estimate import Problem, assemble
 from .exact import fitting, unit_costs
 from .options import Options, divisors
 from .piper_variants import VariantSearch
+from .shortage import too_large
 from .sizes import Found, sweep
 
 NAME = "piper"
@@ -61,7 +62,7 @@ def answer(problem: Problem, *, collapse: bool = False, limit: int = LIMIT) -> P
 
     found = sweep(problem, made)
     if found is None:
-        raise PlanError(
+        raise too_large(problem.space) or PlanError(
             f"no sequential pipeline fits the {len(topology.devices)} devices of cluster {topology.name}, of "
             f"{min(d.memory for d in topology.devices) / 2**20:.1f} MiB; use more devices, devices with more "
             "memory or a smaller train.mini_batch, or relax planner.constraints"

@@ -8,37 +8,53 @@ from .space import CHARGES, Space
 
 def shortage(space: Space) -> PlanError:
     """The operator that is too large, or about how much the whole model is short of, as an error to raise."""
-    options = space.problem.options
-    sizes = options.micro_batches
+    alone = too_large(space)
+    if alone is not None:
+        return alone
+    need, table = min(((_need(space, t), t) for t in _tables(space)), key=lambda pair: pair[0])
     count = f"{space.devices} device{'s' if space.devices > 1 else ''}"
-    # a small micro-batch leaves less in flight, a large one may be split over more replicas
-    tables = [space.table(size) for size in sorted({sizes[0], sizes[-1]})]
-    if space.problem.units.constrained:
-        tables = [space.table(size) for size in sizes]
-    runs = [(space.search(space.tree, t.micro_batch).heaviest_run(), t) for t in tables]
-    (run, least), table = min(runs, key=lambda pair: pair[0][1])
-    need = least
-    if least <= space.memory:
-        need, table = min(((_need(space, t), t) for t in tables), key=lambda pair: pair[0])
     if need == float("inf"):
         return PlanError(
             f"no stages on {count} keep planner.constraints; use more devices or relax the constraints"
         )
-    has = f"a device of cluster {space.problem.topology.name} has {space.memory / 2**20:.1f} MiB"
-    needs = f"needs about {need / 2**20:.1f} MiB at micro-batch {table.micro_batch}, {has}"
-    less = "train.micro_batch" if len(sizes) == 1 and sizes[0] > 1 else "train.mini_batch"
-    if least <= space.memory:
-        return PlanError(
-            f"the model does not fit {count}: the fullest {needs}; use more devices, devices with more "
-            f"memory or a smaller {less}"
-        )
+    return PlanError(
+        f"the model does not fit {count}: the fullest {_needs(space, need, table)}; use more devices, "
+        f"devices with more memory or a smaller {_size(space)}"
+    )
+
+
+def too_large(space: Space) -> PlanError | None:
+    """The operator that fits no device by itself, whatever it is planned with, as an error to raise."""
+    runs = [(space.search(space.tree, t.micro_batch).heaviest_run(), t) for t in _tables(space)]
+    (run, least), table = min(runs, key=lambda pair: pair[0][1])
+    if least <= space.memory or least == float("inf"):
+        return None
     operators = space.outline.operators(run, run + 1)
     name = space.problem.graph.operators[operators[0]].name
     others = f" with the {len(operators) - 1} after it" if operators[1:] else ""
     return PlanError(
-        f"operator {name}{others} by itself {needs}; use devices with more memory, a smaller {less} or "
-        "an optimizer with less state"
+        f"operator {name}{others} by itself {_needs(space, least, table)}; use devices with more memory, a "
+        f"smaller {_size(space)} or an optimizer with less state"
     )
+
+
+def _tables(space: Space) -> list[Intervals]:
+    """A small micro-batch leaves less in flight, a large one may be split over more replicas."""
+    sizes = space.problem.options.micro_batches
+    few = sizes if space.problem.units.constrained else sorted({sizes[0], sizes[-1]})
+    return [space.table(size) for size in few]
+
+
+def _needs(space: Space, need: float, table: Intervals) -> str:
+    return (
+        f"needs about {need / 2**20:.1f} MiB at micro-batch {table.micro_batch}, a device of cluster "
+        f"{space.problem.topology.name} has {space.memory / 2**20:.1f} MiB"
+    )
+
+
+def _size(space: Space) -> str:
+    sizes = space.problem.options.micro_batches
+    return "train.micro_batch" if len(sizes) == 1 and sizes[0] > 1 else "train.mini_batch"
 
 
 def _need(space: Space, table: Intervals) -> float:

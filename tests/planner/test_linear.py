@@ -157,7 +157,7 @@ def test_the_plan_runs_as_a_sequential_pipeline(module):
 def test_what_does_not_fit_is_said(module):
     graph = make_graph(chain(3), parameters=10**8)
     with pytest.raises(PlanError, match=r"no sequential pipeline fits 2 devices: .* needs about .* MiB"):
-        module.plan(graph, make_cluster(2, memory=1e8), Roofline(), Options(mini_batch=8))
+        module.plan(graph, make_cluster(2, memory=6e8), Roofline(), Options(mini_batch=8))
 
 
 @pytest.mark.parametrize("module", [sequential, pipedream])

@@ -284,7 +284,7 @@ def test_plans_are_valid_sequential_pipelines(graph, devices, memory) -> None:
     try:
         found = plan(graph, cluster, Roofline(), Options(mini_batch=8))
     except PlanError as error:
-        assert "no sequential pipeline fits" in str(error)
+        assert "no sequential pipeline fits" in str(error) or "by itself needs" in str(error)
         return
     check_plan(found, graph)
     stages = len(found.stage_graph.stages)
