@@ -8,6 +8,7 @@ from gpp.cost import all_reduce_seconds
 from gpp.plan import Plan
 from gpp.planner.estimate import assemble, estimated
 from gpp.planner.exact import FEW, downset_groups, downset_optimum
+from gpp.planner.rivals import partitions
 
 from .runs import Runs, everything
 from .section import Cell, Section
@@ -69,6 +70,7 @@ def near_optimum(
     """gpp's bottleneck over that of the exact search over downsets, where gpp itself does not run it."""
     rows: list[tuple[Cell, ...]] = []
     worst: dict[int, float] = {}
+    chosen = 0.0
     for (name, (work, options)), count, m in product(workloads.items(), devices, rounds):
         size = options.micro_batches[0]
         options = replace(options, mini_batch=m * size)
@@ -80,28 +82,34 @@ def near_optimum(
         own = runs.plan("gpp", work, count, everything(options))
         if optimum is None or groups is None or own is None:
             continue
-        other = runs.plan("graphpipe", work, count, options)
         best = estimated(assemble(problem, groups, size, "downsets"))
-        least = optimum / size
-        found = [None if plan is None else bottleneck(plan) / least for plan in (own, other, best)]
-        worst[m] = max(worst.get(m, 0.0), bottleneck(own) / least)
-        rows.append((name, count, m, least, *found, own.estimate / best.estimate))
+        tried = [assemble(problem, each, size, "tried") for each in partitions(problem, size)]
+        least = bottleneck(best)
+        near = min(map(bottleneck, (own, *tried))) / least
+        worst[m] = max(worst.get(m, 0.0), near)
+        chosen = max(chosen, bottleneck(own) / least)
+        step = own.estimate / best.estimate
+        rows.append((name, count, m, least, optimum / size / least, near, bottleneck(own) / least, step))
     return Section(
         name="optimum",
         what="gpp against the downset optimum on bottleneck, where the portfolio has no downsets",
         reach=f"within {NEAR - 1:.0%}",
-        measured=f"largest ratio {_worst(worst)}, {len(rows)} cases" if rows else "no such case",
+        measured=f"the portfolio's best: largest ratio {_worst(worst)}, {len(rows)} cases; of the plans "
+        f"chosen for their step {chosen:.4f}"
+        if rows
+        else "no such case",
         reached=max(worst.values()) <= NEAR if rows else None,
         columns=(
-            *("workload", "devices", "m", "optimum, s/sample", "gpp / optimum", "graphpipe / optimum"),
-            *("downset plan / optimum", "gpp's step / downset plan's"),
+            *("workload", "devices", "m", "downset plan, s/sample", "bound / it", "portfolio / it"),
+            *("gpp's plan / it", "gpp's step / its step"),
         ),
         rows=tuple(rows),
         note=f"Workloads with {few} to {many} downsets, equal branches collapsed. The bottleneck is what the "
         "busiest device does for a sample: passes, and its share of all-reduce and update; messages take no "
-        "device's time. The optimum is the least of any stages, one a device, whatever their memory and "
-        "messages. The downset plan is that of the search which charges both. gpp minimises the step (last "
-        "column), and trades a busier device for a shorter way through the pipeline where m is small.",
+        "device's time. The downset plan is the exact search's, which charges messages and memory; the bound "
+        "is the least of any stages, one a device, without both. The portfolio is what gpp starts from and "
+        "what it ends with; gpp minimises the step (last column), and then a busier device may be worth a "
+        "shorter way through the pipeline or an all-reduce that hides.",
     )
 
 
