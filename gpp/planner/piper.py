@@ -137,7 +137,8 @@ def solve(
     known = min((_plain(instance, space, ones, key) for key in _KEYS), key=lambda answer: answer.seconds)
     if plain or known.seconds == 0:
         return known
-    if not any(_exchanges(found) for found in ones) and set(usable) == {1}:
+    alike = all(len({one.parameter_bytes for one in found}) < 2 and not _exchanges(found) for found in ones)
+    if alike and set(usable) == {1}:  # then only memory is a reason for a slower variant
         free = _plain(replace(instance, memory=np.inf), space, ones, _KEYS[0])
         if known.seconds <= free.seconds * (1 + CLOSE):
             return known

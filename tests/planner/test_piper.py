@@ -152,6 +152,18 @@ def test_variants_as_piper_chooses_them(instance: PiperInstance, tensor_parallel
     check_answer(instance, found.stages, found.seconds)
 
 
+def test_a_slower_variant_with_fewer_parameters_may_win() -> None:
+    """On three replicas 10 / 3 seconds without an all-reduce; 4 / 3 and 8 / 3 of it, or 4 on one."""
+    both = (
+        PiperVariant("vanilla", 4.0, 3.0, 0.0, 0.0, {}, {}),
+        PiperVariant(RECOMPUTED, 10.0, 0.0, 0.0, 0.0, {}, {}),
+    )
+    instance = PiperInstance((PiperNode(0, "n0", {1: both}),), {}, 3, 1e9, 1.0, 3)
+    found = solve(instance, recompute=True)
+    assert found.seconds == pytest.approx(10 / 3)
+    check_answer(instance, found.stages, found.seconds)
+
+
 def check_answer(instance: PiperInstance, stages: Sequence[Any], seconds: float) -> None:
     """The stages are a pipeline, which with the variants they name fits the devices, in that time."""
     if math.isinf(seconds):
