@@ -56,6 +56,8 @@ def _lent(
         if place != heaviest:
             continue
         for lent, kept in _ends(part):
+            if kept.devices not in drafts.degrees(kept.units):
+                continue
             left = loads[heaviest] - _load(drafts, part, place) + _load(drafts, kept, place)
             for other in others:
                 taken = replace(lent, devices=len(other))

@@ -235,6 +235,7 @@ class _Search:
         for load, size, groups in sorted(found.values(), key=lambda item: item[0])[:SHARED]:
             if self.best is not None and load >= self.best.estimate:
                 break
+            check_constraints(self.problem, groups)
             plan = assemble(self.problem, groups, size, NAME)
             if fits(plan):
                 self._offer(estimated(plan))
