@@ -5,7 +5,7 @@ made with, only their fingerprints. One function, `stage_memory`, states the mem
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -275,10 +275,18 @@ class Plan:
                 found[device] = (*found.get(device, ()), index)
         return dict(sorted(found.items()))
 
+    @cached_property
+    def clocked(self) -> frozenset[int]:
+        """Stages whose order is chosen on a clock (`gpp.schedule.order`): of a greedy plan all, else those
+        that share their devices."""
+        if self.policy.name == "greedy":
+            return frozenset(range(len(self.stage_graph.stages)))
+        return frozenset(s for held in self.residents.values() if len(held) > 1 for s in held)
+
     @property
     def gap(self) -> float | None:
         """How far the estimate is above the lower bound, as a share of it; None where there is no bound."""
-        return max(self.estimate / self.lower_bound - 1, 0.0) if self.lower_bound else None
+        return self.estimate / self.lower_bound - 1 if self.lower_bound else None
 
     @property
     def idle_devices(self) -> tuple[int, ...]:
@@ -333,13 +341,13 @@ def shared_out(sizes: Mapping[str, int], shares: int) -> dict[str, int]:
     return found
 
 
-def stage_memory(graph: StageGraph, index: int, *, greedy: bool = False) -> StageMemory:
+def stage_memory(graph: StageGraph, index: int, *, clocked: Collection[int] = ()) -> StageMemory:
     """The memory model (GraphPipe §5): a whole copy of weights, gradients and optimizer state on each
     replica (with `shard_optimizer`: the fullest share of the state), its share of the stash of all samples in
     flight, and the rings of message buffers at both ends of its edges: as many messages as the upstream stage
-    may have forwarded and not yet seen back (under "greedy" all that it has in flight), and activations that
-    wait for the weight half at their receiver. A stage that recomputes keeps only what it received until the
-    backward: the stash is there for one micro-batch, and for those whose weight half is still to come.
+    may have forwarded and not yet seen back (of a `clocked` one all that it has in flight), and activations
+    that wait for the weight half at their receiver. A stage that recomputes keeps only what it received until
+    the backward: the stash is there for one micro-batch, and for those whose weight half is still to come.
     """
     stage = graph.stages[index]
     share = 1 / len(stage.devices)
@@ -348,7 +356,8 @@ def stage_memory(graph: StageGraph, index: int, *, greedy: bool = False) -> Stag
     for edge in graph.edges:
         if index in (edge.source, edge.target):
             above, below = graph.stages[edge.source], graph.stages[edge.target]
-            ahead = above.in_flight - (0 if greedy else above.weight_lag * above.micro_batch)
+            lagging = 0 if edge.source in clocked else above.weight_lag * above.micro_batch
+            ahead = above.in_flight - lagging
             trailing = (below.weight_lag + 1) * below.micro_batch if below.weight_lag else 0
             messages += (edge.bytes * (ahead + trailing) + edge.gradient_bytes * ahead) * share
     return StageMemory(
@@ -363,8 +372,8 @@ def stage_memory(graph: StageGraph, index: int, *, greedy: bool = False) -> Stag
 
 def device_memory(plan: Plan) -> tuple[float, ...]:
     """Bytes on every device at its peak: all stages that it holds."""
-    graph, greedy = plan.stage_graph, plan.policy.name == "greedy"
-    need = [stage_memory(graph, s, greedy=greedy).total for s in range(len(graph.stages))]
+    graph = plan.stage_graph
+    need = [stage_memory(graph, s, clocked=plan.clocked).total for s in range(len(graph.stages))]
     devices = range(len(plan.topology.devices))
     return tuple(sum(need[s] for s in plan.residents.get(device, ())) for device in devices)
 

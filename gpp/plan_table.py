@@ -31,7 +31,7 @@ def _row(plan: Plan, index: int) -> tuple[str, ...]:
     rounds = plan.mini_batch // stage.micro_batch
     recompute = seconds.recompute if stage.recompute else 0.0
     busy = rounds * (seconds.forward + recompute + seconds.backward) + seconds.update
-    memory = stage_memory(plan.stage_graph, index, greedy=plan.policy.name == "greedy").total
+    memory = stage_memory(plan.stage_graph, index, clocked=plan.clocked).total
     return (
         stage.name,
         str(len(stage.operators)),

@@ -59,7 +59,6 @@ class Rank:
     program: Sequence[Entry]
     meetings: Sequence[Meeting]
     update: float
-    trains: bool
     ends: list[float] = field(default_factory=list)
 
 

@@ -57,9 +57,9 @@ def simulate(plan: Plan, schedule: Schedule | None = None, *, steps: int = 3) ->
     """Run the schedule (the plan's training step, if not given) `steps` times in a row.
 
     There is no barrier between steps: a rank starts the next one after its own Update. The predicted
-    `step_seconds` is the time between the last two Updates of the rank where it is longest; of one step
-    alone, the time to the last Update. Forward only, it is the total time / steps. Raises ScheduleError if
-    the schedule deadlocks.
+    `step_seconds` is the time between the ends of the last two steps of the rank where it is longest, one
+    that only computes forwards included; of one step alone, the time to the last end. Forward only, it is the
+    total time / steps. Raises ScheduleError if the schedule deadlocks.
     """
     if steps < 1:
         raise ValueError(f"simulate.steps must be at least 1, it is {steps}")
@@ -108,12 +108,10 @@ class _Simulation:
     def trace(self) -> Trace:
         """What was recorded."""
         plan = self.plan
-        trains = [rank for rank, p in enumerate(self.schedule.programs) if p and isinstance(p[-1], Update)]
         if self.schedule.forward_only:
             seconds = self.now / self.steps
         else:
-            ends = [self.ends[rank] for rank in trains] or [e for e in self.ends if e]
-            seconds = max(e[-1] - (e[-2] if self.steps > 1 else 0.0) for e in ends)
+            seconds = max(e[-1] - (e[-2] if self.steps > 1 else 0.0) for e in self.ends if e)
         return Trace(
             name="predicted",
             ranks=len(self.schedule.programs),

@@ -43,8 +43,7 @@ def step_seconds(plan: Plan) -> float:
             if max(gained) - min(gained) <= SAME * max(after):
                 break
         before = after
-    ends = [rank.ends for rank in system.ranks if rank.trains] or [rank.ends for rank in system.ranks]
-    return max(end[-1] - end[-2] for end in ends)
+    return max(rank.ends[-1] - rank.ends[-2] for rank in system.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ def _system(plan: Plan) -> _System:
             entries = [_entries(stage, ways[c, s]) for s, stage in zip(held, stages, strict=True)]
             for meeting in met:
                 meeting.members += 1
-            rank = Rank(_program(order, entries), met, sum(updates), bool(updates))
+            rank = Rank(_program(order, entries), met, sum(updates))
             system.ranks.append(rank)
             system.actors.extend([compute(rank), *carriers[c]])
     return system

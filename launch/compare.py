@@ -32,11 +32,10 @@ def compare(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
 
 
 def _compare(config: DictConfig, overrides: Sequence[str]) -> None:
-    planners, counts = planners_of(config), device_counts(config)
-    batches = mini_batches(config, len(counts))
+    planners = planners_of(config)
     requests = [
         {name: Request(_asked(config, name, count, batch), overrides, count) for name in planners}
-        for count, batch in zip(counts, batches, strict=True)
+        for count, batch in steps_of(config)
     ]
     for each in requests:
         for request in each.values():
@@ -75,20 +74,17 @@ def planners_of(config: DictConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def device_counts(config: DictConfig) -> list[int]:
-    """cluster.devices: the numbers of devices to plan for, ascending; one number is one cluster."""
-    return sorted(set(_counts(config, "cluster.devices")))
-
-
-def mini_batches(config: DictConfig, clusters: int) -> list[int]:
-    """train.mini_batch for each number of devices, ascending: one for all, or as many as there are."""
-    found = _counts(config, "train.mini_batch")
-    if len(found) not in (1, clusters):
+def steps_of(config: DictConfig) -> list[tuple[int, int]]:
+    """Numbers of devices (cluster.devices), ascending and each once, with the mini-batch of each: one
+    train.mini_batch for all, or one for each number in the order given."""
+    counts, batches = _counts(config, "cluster.devices"), _counts(config, "train.mini_batch")
+    if len(batches) not in (1, len(counts)):
         raise SettingsError(
-            f"train.mini_batch must be one number or one for each of the {clusters} numbers of "
-            f"cluster.devices, it has {len(found)}"
+            f"train.mini_batch must be one number or one for each of the {len(counts)} numbers of "
+            f"cluster.devices, it has {len(batches)}"
         )
-    return found if len(found) == clusters else found * clusters
+    pairs = list(zip(counts, batches * (len(counts) // len(batches)), strict=True))
+    return sorted(set(pairs))
 
 
 def _counts(config: DictConfig, key: str) -> list[int]:

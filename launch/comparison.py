@@ -1,6 +1,7 @@
 """Several planners on several clusters, side by side: rows of a table, and the table as text and CSV."""
 
 import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from io import StringIO
@@ -92,9 +93,9 @@ def row(name: str, problem: Problem, found: Answer, linear: Plan | None) -> Row:
         micro_batch=_range(sizes),
         micro_batches=_range(sorted(plan.mini_batch // size for size in sizes)),
         step_seconds=plan.estimate,
-        samples_per_second=plan.mini_batch / plan.estimate,
-        ratio=linear.estimate / plan.estimate if linear else None,
-        on_graph=linear.estimate / free.estimate if linear and free else None,
+        samples_per_second=plan.mini_batch / plan.estimate if plan.estimate else math.inf,
+        ratio=linear.estimate / plan.estimate if linear and plan.estimate else None,
+        on_graph=linear.estimate / free.estimate if linear and free and free.estimate else None,
         bubble=idle_share(plan),
         peak_memory=peak_memory(plan),
         stages=len(graph.stages),
@@ -141,7 +142,7 @@ def idle_share(plan: Plan) -> float:
         seconds = stage.seconds
         once = seconds.forward + seconds.backward + (seconds.recompute if stage.recompute else 0.0)
         busy += len(stage.devices) * (plan.mini_batch // stage.micro_batch * once + seconds.update)
-    return max(0.0, 1 - busy / (len(plan.topology.devices) * plan.estimate))
+    return max(0.0, 1 - busy / (len(plan.topology.devices) * plan.estimate)) if plan.estimate else 0.0
 
 
 def _range(sizes: Sequence[int]) -> str:

@@ -13,9 +13,10 @@ from .settings import SettingsError, choice, whole
 SEARCHED = ("eager", "split_backward", "greedy", "recompute", "shard_optimizer", "colocate")
 SCHEDULES = frozenset(SEARCHED[:3])  # those that choose another schedule
 _COMMON = ("name", "max_replicas", "constraints")
+_CONFIGURED = ("stage_micro_batches", "bursts")  # of graphpipe, whose plan gpp takes as it is
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "gpp": (*_COMMON, *SEARCHED),
-    "graphpipe": (*_COMMON, "stage_micro_batches", "bursts"),
+    "gpp": (*_COMMON, *SEARCHED, *_CONFIGURED),
+    "graphpipe": (*_COMMON, *_CONFIGURED),
     "sequential": _COMMON,
     "pipedream": _COMMON,
     "piper": (*_COMMON, "collapse"),

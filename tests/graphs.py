@@ -128,20 +128,30 @@ def graphs(
     max_operators: int = 12,
     parents: Callable[[], st.SearchStrategy[list[list[int]]]] | None = None,
     all_train: bool = False,
+    ties: bool = True,
 ) -> ComputationGraph:
-    """Random graphs: unequal work and sizes, batch-coupled, frozen and tied operators."""
+    """Random graphs: unequal work and sizes, batch-coupled and frozen operators, and with `ties`
+    two of the same parameter."""
     found = draw(parents() if parents else parent_lists(max_operators=max_operators))
     names = [f"o{i}" for i in range(len(found))]
 
     def some() -> list[str]:
         return [name for name in names if draw(st.integers(0, 4)) == 0]
 
+    parameters = {name: draw(st.sampled_from([0, 1 << 12, 1 << 20])) + all_train * 4 for name in names}
+    frozen = [] if all_train else some()
+    tied: dict[str, str] = {}
+    if ties and len(names) > 1 and draw(st.integers(0, 3)) == 0:
+        first, second = sorted(draw(st.sets(st.sampled_from(names), min_size=2, max_size=2)))
+        if parameters[first] and (first in frozen) == (second in frozen):
+            tied, parameters[second] = {second: first}, parameters[first]
     return make_graph(
         found,
         flops={name: 1e8 * draw(st.integers(0, 20)) for name in names},
-        parameters={name: draw(st.sampled_from([0, 1 << 12, 1 << 20])) + all_train * 4 for name in names},
+        parameters=parameters,
         stash={name: float(draw(st.sampled_from([0, 1 << 10, 1 << 18]))) for name in names},
         width=draw(st.sampled_from([1, 256, 4096])),
         coupled=some(),
-        frozen=[] if all_train else some(),
+        frozen=frozen,
+        tied=tied,
     )

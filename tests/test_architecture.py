@@ -54,7 +54,5 @@ def test_the_check_of_what_is_loaded_can_fail() -> None:
 
 
 def test_planning_starts_quickly() -> None:
-    program = (
-        "import time; t = time.perf_counter(); import gpp.planner.graphpipe; print(time.perf_counter() - t)"
-    )
+    program = "import time; t = time.process_time(); import gpp.planner.gpp; print(time.process_time() - t)"
     assert min(float(tool(sys.executable, "-c", program)) for _ in range(3)) < 0.5

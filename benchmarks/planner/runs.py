@@ -82,5 +82,5 @@ def _seconds(work: Callable[[], T]) -> float:
 
 
 def planned_in(planner: str, problem: Problem, times: int = 3) -> tuple[float, Answer]:
-    """`best_of` a planner; nothing is remembered from the run before."""
+    """`best_of` a planner; the problem is a new one each time."""
     return best_of(lambda: answer(planner, replace(problem, graph=replace(problem.graph))), times)

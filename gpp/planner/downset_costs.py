@@ -19,6 +19,8 @@ from .downsets import Branches, Link, equal_branches
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
+NEVER = 1e300  # seconds, finite: none of it is nothing
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -70,7 +72,7 @@ class UnitCosts:
     def device_seconds(self) -> Array:
         """The least that each unit takes of all devices together."""
         degrees = np.array(self.degrees, dtype=np.float64)[:, None]
-        return np.asarray(np.where(self.barred > 0, np.inf, degrees * self.seconds).min(0))
+        return np.asarray(np.where(self.barred > 0, NEVER, degrees * self.seconds).min(0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ def unit_costs(problem: Problem, micro_batch: int, *, lower: bool = False, reduc
             links = [topology.inside] if d <= topology.per_host else []
             links += [topology.between] if lower or not links else []
             ring = min(all_reduce_seconds(size, d, link) for link in links)
-            sharded = d if options.shard_optimizer else 1
+            sharded = d if lower and options.shard_optimizer else 1  # a bound: no stage here shares it
             return ring + choose(costs.update(size / sharded, kind) for kind in kinds)
 
         start = step_end(0.0) if reduce else 0.0

@@ -46,6 +46,7 @@ EXACT = 3  # plans that the simulator compares after each choice
 ORDERED = 4  # plans that get every schedule, those on a clock too
 LENDERS = 24  # shapes from which stages are made that share devices
 SHARED = 6  # of these that the simulator compares
+FEW = 300  # partitions of a model of which all are tried for every micro-batch size
 DONE = 1.001  # of the lower bound: nothing is worth a search
 
 
@@ -160,6 +161,8 @@ class _Search:
                 seconds[size] = min(own)
         least = min(seconds.values(), default=0.0)
         first = self.best.stage_graph.stages[0].micro_batch if self.best else None
+        if any(0 < len(every_partition(drafts)) <= FEW for drafts in self.all.values()):
+            return sorted(seconds, key=seconds.__getitem__) or list(self.all)
         close = [size for size in sorted(seconds, key=seconds.__getitem__) if seconds[size] <= WORSE * least]
         if not close:
             return list(self.all)[:SIZES] if first is None else [first]

@@ -11,10 +11,11 @@ from . import exact, graphpipe, pipedream, piper, sequential
 from .estimate import Group, Problem
 from .options import Constraints
 
+SEVERAL = 10_000  # downsets up to which Piper's pipeline mostly takes tenths of a second
 ANSWERS: tuple[Callable[[Problem], Plan], ...] = (
     graphpipe.answer,
     pipedream.answer,
-    partial(piper.answer, collapse=True, limit=exact.FEW),
+    partial(piper.answer, collapse=True, limit=SEVERAL),
     sequential.answer,
 )
 

@@ -67,7 +67,7 @@ def test_constraints() -> None:
     [
         ("name", "best", "planner.name must be one of gpp, graphpipe, sequential, pipedream, piper"),
         ("depth", 3, "planner gpp has no key planner.depth; it has name, max_replicas"),
-        ("bursts", [1], "planner gpp has no key planner.bursts"),
+        ("collapse", True, "planner gpp has no key planner.collapse"),
         ("max_replicas", 0, "planner.max_replicas must be a whole number of at least 1"),
         ("eager", "yes", "planner.eager must be true or false, it is 'yes'"),
         ("constraints", [1], "planner.constraints must be a group of together, pins, uncut, replicas"),

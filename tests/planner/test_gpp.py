@@ -57,8 +57,8 @@ def every_plan(graph: ComputationGraph, cluster: DeviceTopology, options: Option
     """All partitions into stages that are a plan, with all numbers of replicas."""
     count = len(graph.operators)
     problem = Problem(graph, cluster, Roofline(), options)
-    (size,) = options.micro_batches
-    for labels in product(range(min(count, len(cluster.devices))), repeat=count):
+    sizes = options.micro_batches
+    for size, *labels in product(sizes, *[range(min(count, len(cluster.devices)))] * count):
         used = list(dict.fromkeys(labels))
         if used != sorted(used):
             continue  # the same with other names
@@ -77,11 +77,12 @@ def every_plan(graph: ComputationGraph, cluster: DeviceTopology, options: Option
 
 
 @settings(max_examples=20, deadline=None)
-@given(graphs(max_operators=6, all_train=True), st.integers(1, 4), st.sampled_from([1, 2, 4]))
+@given(graphs(max_operators=5, all_train=True), st.integers(1, 4), st.sampled_from([1, 2, 4, "auto"]))
 def test_the_best_of_all_plans_of_a_small_model(graph, devices, size):
     cluster = make_cluster(devices, inside=SLOW)
-    options = Options(mini_batch=4 * size, micro_batch=size)
-    found = planned(graph, cluster, mini_batch=4 * size, micro_batch=size)
+    given = {"mini_batch": 8 if size == "auto" else 4 * size, "micro_batch": size}
+    options = Options(**given)
+    found = planned(graph, cluster, **given)
     others = [rival.plan(graph, cluster, Roofline(), options) for rival in (pipedream, sequential, piper)]
     best = min(plan.estimate for plan in (*every_plan(graph, cluster, options), *others))
     assert found.estimate == pytest.approx(best, rel=2e-6)

@@ -399,13 +399,14 @@ def test_messages_of_an_order_are_empty_both_ways():
 @settings(max_examples=150, deadline=None)
 @given(plans(uniform=True, scheduled=True))
 def test_buffers_are_no_more_than_the_memory_model_charges(plan: Plan):
-    greedy = plan.policy.name == "greedy"
     rings = [0.0] * len(plan.topology.devices)
     for channel in lower(plan).channels:
         for rank in (channel.source, channel.target):
             rings[rank] += channel.slots * channel.bytes
     for rank, held in plan.residents.items():
-        assert rings[rank] <= sum(stage_memory(plan.stage_graph, s, greedy=greedy).messages for s in held)
+        assert rings[rank] <= sum(
+            stage_memory(plan.stage_graph, s, clocked=plan.clocked).messages for s in held
+        )
 
 
 @settings(max_examples=150, deadline=None)
