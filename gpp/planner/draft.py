@@ -2,8 +2,8 @@
 
 What `estimate.assemble` would make of the same stages, without names, tensors and records, so that the
 search can look at thousands. Stages are made of units (`gpp.planner.units`), so no draft breaks the user's
-constraints. The sum of tied parameters' gradients over stages is left to the exact simulation. Seconds, bytes,
-samples.
+constraints. The sum of tied parameters' gradients over stages is left to the exact simulation. Seconds,
+bytes, samples.
 """
 
 import math
