@@ -93,7 +93,7 @@ def units(graph: ComputationGraph, options: Options, devices: int) -> Units:
     )
     _check_replicas(graph, options, devices, result)
     different = sorted({label for label in result.labels if label is not None})
-    if len(different) > devices and not options.colocate:
+    if len(different) > devices:
         raise PlanError(
             f"{WHERE}.pins names {len(different)} stages ({', '.join(different)}), the cluster has {devices} "
             "devices; use fewer labels or more devices"
