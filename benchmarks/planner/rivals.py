@@ -98,7 +98,7 @@ def near_optimum(
         f"chosen for their step {chosen:.4f}"
         if rows
         else "no such case",
-        reached=max(worst.values()) <= NEAR if rows else None,
+        reached=max(chosen, *worst.values()) <= NEAR if rows else None,
         columns=(
             *("workload", "devices", "m", "downset plan, s/sample", "bound / it", "portfolio / it"),
             *("gpp's plan / it", "gpp's step / its step"),

@@ -1,7 +1,9 @@
 """Plans made once and looked at by several sections, and the clock that they are timed with."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import _lru_cache_wrapper
 from time import perf_counter
 from typing import TypeVar
 
@@ -82,5 +84,17 @@ def _seconds(work: Callable[[], T]) -> float:
 
 
 def planned_in(planner: str, problem: Problem, times: int = 3) -> tuple[float, Answer]:
-    """`best_of` a planner; the problem is a new one each time."""
-    return best_of(lambda: answer(planner, replace(problem, graph=replace(problem.graph))), times)
+    """`best_of` a planner; nothing is remembered from the run before."""
+
+    def anew() -> Answer:
+        for found in _caches():
+            found.cache_clear()
+        return answer(planner, replace(problem, graph=replace(problem.graph)))
+
+    return best_of(anew, times)
+
+
+def _caches() -> "list[_lru_cache_wrapper[object]]":
+    """What the planners' modules remember."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("gpp.")]
+    return [v for module in modules for v in vars(module).values() if isinstance(v, _lru_cache_wrapper)]

@@ -19,7 +19,7 @@ from launch.start import CONF
 
 CHECKOUT = Path(__file__).parents[2]
 
-# of the configuration's models, those of the paper (GraphPipe §7.1, A.2) and its case study (§7.4)
+# of the configuration's models, those of the paper (GraphPipe §7.1, A.2) and its case study (§7.5)
 PAPER: Mapping[str, str] = {"MMT": "mmt_paper", "DLRM": "dlrm", "CANDLE-Uno": "candle_uno"}
 CASE_STUDY = "case_study"
 # Samples of a micro-batch wherever it is fixed

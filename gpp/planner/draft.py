@@ -253,7 +253,8 @@ class Drafts:
         if part.shard_optimizer and degree > 1 and trainable:
             shares = shared_out(sizes, degree)
             owned = max(sum(n for p, n in sizes.items() if shares[p] == i) for i in range(degree))
-            ring = topology.inside if degree <= topology.per_host else topology.between
+            hosts = {topology.host(d) for d in place}
+            ring = topology.inside if len(hosts) == 1 else topology.between
             update = all_reduce_seconds(trainable, degree, ring) / 2
         if trainable:
             update += max(problem.costs.update(owned, topology.devices[d]) for d in devices)

@@ -285,14 +285,13 @@ def _stage(
     if group.shard_optimizer:
         shares = shared_out(sizes, len(devices))
         owned = max(sum(n for p, n in sizes.items() if shares[p] == i) for i in range(len(devices)))
-    kinds = tuple(dict.fromkeys(problem.topology.devices[d] for d in devices))
     return Stage(
         name=name,
         operators=tuple(op.name for op in ops),
         devices=devices,
         micro_batch=micro_batch,
         in_flight=held,
-        seconds=_seconds(problem, group, ops, micro_batch / len(devices), trainable, owned, kinds),
+        seconds=_seconds(problem, group, ops, micro_batch / len(devices), trainable, owned, devices),
         k=group.k,
         recompute=group.recompute,
         shard_optimizer=group.shard_optimizer,
@@ -320,15 +319,17 @@ def _seconds(
     samples: float,
     trainable: int,
     owned: int,
-    kinds: Sequence[Device],
+    devices: Sequence[int],
 ) -> StageSeconds:
     """Replicas wait for each other: the slowest device counts. Where the optimizer's state is shared out, an
     update ends when each replica has the others' parameters (half of an all-reduce)."""
     costs = problem.costs
+    kinds = tuple(dict.fromkeys(problem.topology.devices[d] for d in devices))
     back = [op for op in ops if takes_part_in_backward(problem.graph, op)]
     forward = max(sum(costs.forward(op, samples, d) for op in ops) for d in kinds)
     shares = group.devices if group.shard_optimizer else 1
-    ring = problem.topology.inside if shares <= problem.topology.per_host else problem.topology.between
+    hosts = {problem.topology.host(d) for d in devices}
+    ring = problem.topology.inside if len(hosts) == 1 else problem.topology.between
     update = max(costs.update(owned, d) for d in kinds) if trainable else 0.0
     return StageSeconds(
         forward=forward,

@@ -4,7 +4,8 @@ GraphPipe minimises the bottleneck of a stage, for one schedule. What a user wai
 steady state, drain and whatever all-reduce is not hidden. So the simulator judges here, and what it can judge
 may be chosen: partition, replicas, micro-batch size, schedule, what is recomputed or shared out, and places.
 The search starts from the other planners' partitions, prices thousands of drafts by `pace`, and lets the
-exact simulation choose among the best and the other planners' own plans: it is never worse than any of them.
+exact simulation choose among the best and the other planners' own plans: it is never worse than any of these,
+which `rivals` names.
 Deterministic: budgets count simulated tasks, not seconds.
 """
 
