@@ -5,7 +5,7 @@ every micro-batch size (GraphPipe §3, the computation graph G_C).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -192,13 +192,7 @@ class ComputationGraph:
     @cached_property
     def ancestors(self) -> tuple[int, ...]:
         """For each operator the bit set of the positions it depends on."""
-        masks: list[int] = []
-        for us in self.predecessors:
-            mask = 0
-            for u in us:
-                mask |= masks[u] | (1 << u)
-            masks.append(mask)
-        return tuple(masks)
+        return ancestor_masks(self.predecessors)
 
     def is_convex(self, positions: Iterable[int]) -> bool:
         """Whether no path leaves the set and comes back (GraphPipe §3, C1)."""
@@ -221,6 +215,17 @@ class ComputationGraph:
     @cached_property
     def _fingerprint(self) -> str:
         return hashlib.sha256(graph_to_json(self).encode()).hexdigest()[:16]
+
+
+def ancestor_masks(predecessors: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """For each node, in a topological order, the bit set of the nodes that it depends on."""
+    masks: list[int] = []
+    for us in predecessors:
+        mask = 0
+        for u in us:
+            mask |= masks[u] | (1 << u)
+        masks.append(mask)
+    return tuple(masks)
 
 
 def graph_to_json(graph: ComputationGraph) -> str:

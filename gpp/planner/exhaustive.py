@@ -1,7 +1,9 @@
 """All partitions of a small model: where there are few, nothing has to be searched for.
 
 A model whose constraints leave a handful of units, or a cluster of a few devices, has so few partitions into
-convex stages that each can be timed. What `gpp.planner.gpp` answers then is the best of its space.
+convex stages that each can be timed. What `gpp.planner.gpp` answers then is the best of all partitions and
+replicas under the schedule asked for; where other schedules, memory choices or shared devices are allowed,
+these are searched for the best of them alone.
 """
 
 from collections.abc import Iterator, Sequence

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from gpp.graph import ComputationGraph
+from gpp.graph import ComputationGraph, ancestor_masks
 from gpp.plan import PlanError
 
 from .options import Constraints, Options
@@ -54,13 +54,7 @@ class Units:
     @cached_property
     def ancestors(self) -> tuple[int, ...]:
         """For each unit the bit set of the units that it depends on."""
-        masks: list[int] = []
-        for us in self.predecessors:
-            mask = 0
-            for u in us:
-                mask |= masks[u] | (1 << u)
-            masks.append(mask)
-        return tuple(masks)
+        return ancestor_masks(self.predecessors)
 
     @property
     def constrained(self) -> bool:

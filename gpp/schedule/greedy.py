@@ -203,13 +203,7 @@ class _Clock:
         if line.forwards == line.count:
             return math.inf
         last = self.parts[s][line.forwards].stop - 1
-        ready = 0.0
-        for way in self.incoming[s]:
-            need = last // self.lines[way.source].stage.micro_batch
-            if need >= len(way.came):
-                return math.inf
-            ready = max(ready, way.came[need])
-        return ready
+        return self._arrival(last, [(way.source, way.came) for way in self.incoming[s]])
 
     def _input_ready(self, s: int) -> float:
         """The same of the next input half."""
@@ -219,12 +213,16 @@ class _Clock:
         if self.plan.policy.name == "gpipe" and line.forwards < line.count:
             return math.inf
         last = self.parts[s][line.inputs].stop - 1
+        return self._arrival(last, [(way.target, way.returned) for way in self.outgoing[s]])
+
+    def _arrival(self, last: int, read: Sequence[tuple[int, Sequence[float]]]) -> float:
+        """When sample `last` is there from each of these stages, by when their micro-batches came."""
         ready = 0.0
-        for way in self.outgoing[s]:
-            need = last // self.lines[way.target].stage.micro_batch
-            if need >= len(way.returned):
+        for stage, came in read:
+            need = last // self.lines[stage].stage.micro_batch
+            if need >= len(came):
                 return math.inf
-            ready = max(ready, way.returned[need])
+            ready = max(ready, came[need])
         return ready
 
     def _start(self, home: int, choice: _Choice) -> None:
