@@ -21,6 +21,7 @@ class PlanError(ValueError):
     """A plan that breaks a rule, or a request that no plan can meet."""
 
 
+_CLOSE = 1e-6  # a step time and its bound this close are equal
 _AMOUNTS = ("stash", "weight_stash", "parameter_bytes", "trainable_bytes", "optimizer_bytes", "buffer_bytes")
 
 
@@ -385,6 +386,11 @@ def check_plan(plan: Plan, graph: ComputationGraph | None = None) -> None:
     stages partition the operators, each stage is convex, and the edges join the same stages as the
     graph's (what they carry is the capture's to say).
     """
+    if 0 < plan.estimate < plan.lower_bound * (1 - _CLOSE):
+        raise PlanError(
+            f"the estimate of {plan.estimate:.6g} s is below what no plan can beat, {plan.lower_bound:.6g} s "
+            f"({plan.bound_by}): one of the two is wrong, plan anew"
+        )
     for device, need in enumerate(device_memory(plan)):
         have = plan.topology.devices[device].memory
         if need > have:

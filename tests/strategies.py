@@ -16,6 +16,7 @@ from gpp.plan import (
     StageGraph,
     StageSeconds,
 )
+from gpp.planner.options import Constraints
 from gpp.schedule.inflight import in_flight
 from gpp.topology import Device, DeviceTopology, Link
 
@@ -236,3 +237,14 @@ def computation_graphs(draw: st.DrawFn, *, max_operators: int = 8) -> Computatio
             )
         )
     return ComputationGraph(tuple(operators), loss_weighted=draw(st.booleans()))
+
+
+@st.composite
+def constraints(draw: st.DrawFn, count: int) -> Constraints:
+    """About the operators o0, o1, ...: some contradict each other."""
+    names = st.integers(0, count - 1).map(lambda i: f"o{i}")
+    return Constraints(
+        together=tuple(draw(st.lists(st.tuples(names, names), max_size=2))),
+        pins=tuple(draw(st.lists(st.tuples(names, st.sampled_from("AB")), max_size=2))),
+        replicas=tuple(draw(st.lists(st.tuples(names, st.sampled_from([1, 2, 3])), max_size=2))),
+    )

@@ -151,6 +151,12 @@ class TestMemory:
         with pytest.raises(PlanError, match=r"stage stage\d needs .* MiB on device \d, which has"):
             check_plan(on(need - 1))
 
+    def test_an_estimate_below_its_bound(self):
+        claimed = dataclasses.replace(DIAMOND, lower_bound=2.0, bound_by="work")
+        check_plan(dataclasses.replace(claimed, estimate=2.0))
+        with pytest.raises(PlanError, match=r"1\.9 s is below what no plan can beat, 2 s \(work\)"):
+            check_plan(dataclasses.replace(claimed, estimate=1.9))
+
 
 def operator(name: str, inputs: str, outputs: str, coupled: bool = False) -> Operator:
     tensors = tuple(Tensor(t, (1,), "float32", True) for t in outputs.split())

@@ -37,8 +37,13 @@ def colocated(drafts: Drafts, draft: Draft) -> Iterator[Shared]:
         if found is None:
             return
         parts, places = found
-        groups = tuple(drafts.group(part, place) for part, place in zip(parts, places, strict=True))
-        yield Shared(groups, max(_loads(drafts, parts, places).values()))
+        yield shared(drafts, parts, places)
+
+
+def shared(drafts: Drafts, parts: Sequence[Part], places: Sequence[tuple[int, ...]]) -> Shared:
+    """These stages on these devices."""
+    groups = tuple(drafts.group(part, place) for part, place in zip(parts, places, strict=True))
+    return Shared(groups, max(_loads(drafts, parts, places).values()))
 
 
 def _lent(

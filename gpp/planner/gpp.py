@@ -9,6 +9,7 @@ which `rivals` names.
 Deterministic: budgets count simulated tasks, not seconds.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,10 +21,10 @@ from gpp.topology import DeviceTopology
 
 from . import graphpipe
 from .bound import bound
-from .colocate import colocated
+from .colocate import Shared, colocated
 from .draft import Drafts, Part
 from .estimate import Group, Problem, assemble, estimated, fits
-from .exhaustive import every_partition
+from .exhaustive import every_memory_choice, every_partition, every_sharing
 from .memory_choices import spared
 from .moves import Parts
 from .options import Options
@@ -126,6 +127,10 @@ class _Search:
             self._colocate()
             self._settle("colocate")
             yield
+        if any(self._few(drafts) for drafts in self.all.values()):
+            self._exhaust()
+            self._settle("every partition")
+            yield
 
     @cached_property
     def _kinds(self) -> tuple[Kind, ...]:
@@ -162,7 +167,7 @@ class _Search:
                 seconds[size] = min(own)
         least = min(seconds.values(), default=0.0)
         first = self.best.stage_graph.stages[0].micro_batch if self.best else None
-        if any(0 < len(every_partition(drafts)) <= FEW for drafts in self.all.values()):
+        if any(self._few(drafts) for drafts in self.all.values()):
             return sorted(seconds, key=seconds.__getitem__) or list(self.all)
         close = [size for size in sorted(seconds, key=seconds.__getitem__) if seconds[size] <= WORSE * least]
         if not close:
@@ -237,12 +242,46 @@ class _Search:
                 key = frozenset(shared.groups)
                 found.setdefault(key, (shared.load, drafts.micro_batch, shared.groups))
         for load, size, groups in sorted(found.values(), key=lambda item: item[0])[:SHARED]:
-            if self.best is not None and load >= self.best.estimate:
-                break
-            check_constraints(self.problem, groups)
-            plan = assemble(self.problem, groups, size, NAME)
-            if fits(plan):
+            self._share(Shared(groups, load), size)
+
+    def _share(self, shared: Shared, size: int) -> None:
+        if self.best is not None and shared.load >= self.best.estimate:
+            return
+        check_constraints(self.problem, shared.groups)
+        plan = assemble(self.problem, shared.groups, size, NAME)
+        if fits(plan):
+            self._offer(estimated(plan))
+        for other in rescheduled(plan, self.problem.options):
+            self._offer(other)
+
+    def _few(self, drafts: Drafts) -> bool:
+        """Whether all partitions can be timed, with everything else there is to choose."""
+        return 0 < len(every_partition(drafts)) <= FEW
+
+    def _exhaust(self) -> None:
+        """Every partition of a small model with every memory choice, schedule and way to share devices,
+        those left out whose busiest device alone takes longer than the best plan."""
+        options = self.problem.options
+        for drafts in self.all.values():
+            if not self._few(drafts):
+                continue
+            for bare in every_partition(drafts):
+                for parts in (bare, *every_memory_choice(bare, options)):
+                    self._time(drafts, parts)
+            if options.colocate:
+                for shared in every_sharing(drafts):
+                    self._share(shared, drafts.micro_batch)
+
+    def _time(self, drafts: Drafts, parts: Parts) -> None:
+        """The exact step of these parts with every schedule, unless they cannot be the best."""
+        plan = None
+        for kind in self._kinds:
+            within = math.inf if self.best is None else self.best.estimate
+            shape = shaped(drafts, parts, kind, within=within)
+            if shape is not None:
+                plan = realised(drafts, shape)
                 self._offer(estimated(plan))
+        if plan is not None:
             for other in rescheduled(plan, self.problem.options):
                 self._offer(other)
 

@@ -1,7 +1,7 @@
 from gpp.cost import Roofline
 from gpp.planner.draft import Drafts
 from gpp.planner.estimate import Problem
-from gpp.planner.exhaustive import DEVICES, UNITS, every_partition
+from gpp.planner.exhaustive import DEVICES, UNITS, every_memory_choice, every_partition, every_sharing
 from gpp.planner.options import Constraints, Options
 from tests.graphs import chain, make_cluster, make_graph, towers
 
@@ -34,3 +34,21 @@ def test_only_where_there_are_few():
     assert partitions(make_graph(chain(2)), DEVICES + 1) == []
     kept = Constraints(together=(("t0.*",), ("t1.*",)))
     assert partitions(make_graph(towers(2, 5)), 2, constraints=kept)
+
+
+def test_stages_share_devices_in_every_way():
+    """A chain of 3 on 2 devices: three stages in all ways onto two devices, two stages onto one."""
+    options = Options(mini_batch=8, micro_batch=4)
+    drafts = Drafts(Problem(make_graph(chain(3)), make_cluster(2), Roofline(), options), 4)
+    found = [[group.at for group in shared.groups] for shared in every_sharing(drafts)]
+    assert [len(places) for places in found] == [2, 2, 3, 3, 3, 3]
+    assert len({tuple(places) for places in found if len(places) == 3}) == 4
+
+
+def test_every_set_of_stages_recomputes():
+    parts = partitions(make_graph(chain(2)), 4)[-1]
+    assert [part.devices for part in parts] == [2, 2]
+    allowed = Options(mini_batch=8, recompute=True, shard_optimizer=True)
+    found = list(every_memory_choice(parts, allowed))
+    assert len(set(found)) == 4 * 4 - 1 and parts not in found
+    assert list(every_memory_choice(parts, Options(mini_batch=8))) == []

@@ -8,15 +8,18 @@ from hypothesis import strategies as st
 
 from gpp.cost import Roofline
 from gpp.graph import ComputationGraph
-from gpp.plan import Plan, PlanError, check_plan, plan_from_json, plan_to_json
+from gpp.plan import Plan, PlanError, Policy, check_plan, plan_from_json, plan_to_json
 from gpp.planner import gpp, graphpipe, pipedream, piper, sequential
-from gpp.planner.estimate import Group, Problem, assemble, estimated, peak_memory
+from gpp.planner.estimate import Group, Problem, assemble, estimated, fits, peak_memory
 from gpp.planner.options import Constraints, Options
+from gpp.planner.schedules import rescheduled
+from gpp.planner.units import check_constraints
 from gpp.schedule.check import check
 from gpp.schedule.lower import lower
 from gpp.simulate import simulate
 from gpp.topology import DeviceTopology, Link
 from tests.graphs import chain, graphs, make_cluster, make_graph, towers
+from tests.strategies import constraints
 
 ALL = dict.fromkeys(("eager", "split_backward", "greedy", "recompute", "shard_optimizer", "colocate"), True)
 SLOW = Link(1e-5, 1e9)
@@ -51,6 +54,29 @@ def test_never_worse_than_any_rival(data):
     for rival in (graphpipe, pipedream, sequential):
         other = rival.plan(graph, cluster, Roofline(), options)
         assert found.estimate <= other.estimate * (1 + 2e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data(), graphs(max_operators=8), st.integers(1, 5), st.sampled_from([{}, ALL]))
+def test_constraints_are_kept_on_any_graph(data, graph, devices, given):
+    """Or refused, by every planner alike."""
+    decided = data.draw(constraints(len(graph.operators)))
+    cluster, given = make_cluster(devices, inside=SLOW), {**given, "mini_batch": 8, "constraints": decided}
+    options = Options(**given)
+    try:
+        other = graphpipe.plan(graph, cluster, Roofline(), options)
+    except PlanError as error:
+        assert "constraints" in str(error)
+        with pytest.raises(PlanError, match="constraints"):
+            gpp.plan(graph, cluster, Roofline(), options)
+        return
+    found = planned(graph, cluster, **given)
+    groups = [
+        Group(tuple(graph.index[name] for name in stage.operators), len(stage.devices))
+        for stage in found.stage_graph.stages
+    ]
+    check_constraints(Problem(graph, cluster, Roofline(), options), groups)
+    assert found.estimate <= other.estimate * (1 + 2e-6)
 
 
 def every_plan(graph: ComputationGraph, cluster: DeviceTopology, options: Options) -> Iterator[Plan]:
@@ -96,6 +122,52 @@ def test_seven_operators_on_four_devices():
     found = planned(graph, make_cluster(4), mini_batch=16, micro_batch=2)
     best = min(plan.estimate for plan in every_plan(graph, make_cluster(4), options))
     assert found.estimate == pytest.approx(best, rel=2e-6)
+
+
+def every_choice(graph: ComputationGraph, cluster: DeviceTopology, options: Options) -> Iterator[Plan]:
+    """All partitions into stages of one device, or with a device for several, with all that may be chosen
+    besides: what recomputes, and every schedule; those that fit memory."""
+    count, devices = len(graph.operators), len(cluster.devices)
+    problem = Problem(graph, cluster, Roofline(), options)
+    policies = [Policy(extra_warm_up=extra) for extra in range(3)]
+    for labels in product(range(count), repeat=count):
+        used = list(dict.fromkeys(labels))
+        if used != sorted(used):
+            continue
+        stages = [tuple(i for i in range(count) if labels[i] == s) for s in used]
+        for places in product(range(devices), repeat=len(stages)):
+            first = list(dict.fromkeys(places))
+            if first != sorted(first) or (len(set(places)) < len(places) and not options.colocate):
+                continue
+            for again in product((False, True), repeat=len(stages)):
+                pairs = zip(stages, places, again, strict=True)
+                if len(set(places)) < len(places) and any(again):
+                    continue
+                groups = [Group(stage, 1, recompute=r, at=(place,)) for stage, place, r in pairs]
+                try:
+                    plans = [
+                        assemble(problem, groups, options.micro_batch, "brute", policy=p) for p in policies
+                    ]
+                except PlanError:
+                    break  # stages that wait for each other
+                for plan in (*plans, *rescheduled(plans[0], options)):
+                    if fits(plan):
+                        yield estimated(plan)
+
+
+@settings(max_examples=12, deadline=None)
+@given(graphs(max_operators=4, all_train=True), st.integers(1, 3), st.sampled_from([0.5, 0.8, 2.0]))
+def test_the_best_of_all_plans_with_every_choice(graph, devices, part):
+    """Schedules, recomputing and shared devices too, where memory is short and where it is not."""
+    given = ALL | {"mini_batch": 8, "micro_batch": 1, "max_replicas": 1}
+    need = peak_memory(sequential.plan(graph, make_cluster(devices), Roofline(), Options(**given)))
+    cluster = make_cluster(devices, inside=SLOW, memory=max(part * need, 1.0))
+    best = min((p.estimate for p in every_choice(graph, cluster, Options(**given))), default=None)
+    if best is None:
+        with pytest.raises(PlanError):
+            gpp.plan(graph, cluster, Roofline(), Options(**given))
+    else:
+        assert planned(graph, cluster, **given).estimate <= best * (1 + 2e-6)
 
 
 def test_fast_devices_get_more():

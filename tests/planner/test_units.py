@@ -10,6 +10,7 @@ from gpp.planner.graphpipe import candidates, plan
 from gpp.planner.options import Constraints, Options
 from gpp.planner.units import Units, check_constraints, stage_degrees, units
 from tests.graphs import chain, graphs, make_cluster, make_graph, towers
+from tests.strategies import constraints
 
 
 def found(graph: ComputationGraph, devices: int = 4, **constraints) -> Units:
@@ -117,16 +118,6 @@ def test_stages_that_break_constraints_are_named():
     ):
         with pytest.raises(PlanError, match=words):
             check_constraints(problem, groups)
-
-
-@st.composite
-def constraints(draw: st.DrawFn, count: int) -> Constraints:
-    names = st.integers(0, count - 1).map(lambda i: f"o{i}")
-    return Constraints(
-        together=tuple(draw(st.lists(st.tuples(names, names), max_size=2))),
-        pins=tuple(draw(st.lists(st.tuples(names, st.sampled_from("AB")), max_size=2))),
-        replicas=tuple(draw(st.lists(st.tuples(names, st.sampled_from([1, 2, 3])), max_size=2))),
-    )
 
 
 def groups_of(graph: ComputationGraph, found: Plan) -> list[Group]:
