@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .cache import user_folder
 from .data import DataError, checked
 
 FORMAT = 1  # part of the cache's name: raise it when the same arguments give other samples
@@ -159,9 +160,8 @@ def _count(path: Path) -> int:
 
 
 def _cache_path(library: Path, classes: int, bounds: Mapping[str, int]) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = f"{FORMAT} {sys.version} {library} {classes} {dict(bounds)}"
-    return Path(home, "gpp", f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz")
+    return Path(user_folder(), f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz")
 
 
 def _load(path: Path) -> dict[str, NDArray[np.generic]] | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from gpp.models.candle_uno import branch_features
 
 from .data import DataError, Indices, checked
+from .permutation import Words, mixed
 
 Target = Literal["value", "click", "label"]
-Words = NDArray[np.uint64]
 
 
 class Synthetic:
@@ -78,11 +78,11 @@ class Synthetic:
         for key in (*self._numbers, *self._tokens):
             values = self._of(key, rows).flatten(1)
             if key in self._tokens:
-                words = _mixed(values.numpy().astype(np.uint64), _key(self._seed, f"{key} rule"))
+                words = mixed(values.numpy().astype(np.uint64), _key(self._seed, f"{key} rule"))
                 terms = torch.from_numpy(_uniform(words)).double()
             else:
                 counter = np.arange(values.shape[1], dtype=np.uint64)
-                words = _mixed(counter, _key(self._seed, f"{key} rule"))
+                words = mixed(counter, _key(self._seed, f"{key} rule"))
                 rule = torch.from_numpy(_uniform(words)).double()
                 terms = values.double() * rule / rule.square().mean().sqrt()
             total += terms.sum(1) / values.shape[1] ** 0.5
@@ -92,7 +92,7 @@ class Synthetic:
     def _words(self, key: str, rows: Indices, count: int) -> Words:
         """64 random bits for each of `count` elements of each row."""
         counter = rows[:, None] * count + np.arange(count)
-        return _mixed(counter.astype(np.uint64), _key(self._seed, key))
+        return mixed(counter.astype(np.uint64), _key(self._seed, key))
 
 
 def clicks(
@@ -135,14 +135,6 @@ def _key(seed: int, name: str) -> np.uint64:
     """Where the numbers of a key begin: far from those of every other."""
     word = np.random.SeedSequence([seed, *name.encode()]).generate_state(1, np.uint64)[0]
     return np.uint64(word)
-
-
-def _mixed(counter: Words, key: np.uint64) -> Words:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): random bits of a counter."""
-    words: Words = (counter + key) * np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def _uniform(words: Words) -> NDArray[np.float32]:

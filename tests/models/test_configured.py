@@ -56,6 +56,9 @@ def test_data_follow_the_model_unless_named() -> None:
     assert configured("data=clicks", "model=dlrm").data._target_ == target
     assert configured("model=dlrm", "data=stdlib").data._target_.endswith("StdlibFunctions")
     assert configured().data._target_.endswith("StdlibFunctions")
+    files = configured("model=dlrm_criteo", "data.files=[day_0]").data
+    assert files._target_ == "gpp.runtime.criteo.Criteo" and files.files == ["day_0"]
+    assert files.dense * files.features == 13 and files.tables * files.bag == 26  # what a line has
     small = configured("model=dlrm", "model.rows=9", "model.tables=2").data
     assert (small.rows, small.tables) == (9, 2)
 

@@ -128,3 +128,32 @@ def test_an_unknown_key_is_named_with_those_known() -> None:
 
 def test_the_majority_share_is_that_of_the_most_frequent_label() -> None:
     assert majority_share(torch.tensor([4, 1, 1, 0, 1, 4, 7, 4])) == 3 / 8
+
+
+def test_orders_that_are_too_long_to_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample of an epoch once, in an order of its own, and the split's parts are all samples."""
+    monkeypatch.setattr("gpp.runtime.data.SORTED", 50)
+    batches = Batches(103, 10, 4)
+    epochs = [np.concatenate([batches.at(step) for step in range(10 * e, 10 * e + 10)]) for e in range(2)]
+    assert all(len(set(epoch.tolist()) & set(range(103))) == 100 for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert batches.at(13).tolist() == Batches(103, 10, 4).at(13).tolist()
+    split = hold_out(103, 4, 0.1)
+    parts = [part[np.arange(len(part))].tolist() for part in (split.train, split.held_out)]
+    assert [len(part) for part in parts] == [93, 10] and sorted(parts[0] + parts[1]) == list(range(103))
+    with pytest.raises(DataError, match="a seed must not be negative, it is -1"):
+        hold_out(103, -1)
+
+
+def test_a_subset_of_very_many_samples_takes_no_memory() -> None:
+    class Many(Squares):
+        def __len__(self) -> int:
+            return 10**12
+
+    data = Many()
+    split = hold_out(len(data), 0, 0.1)
+    train, held_out = Subset(data, split.train), Subset(data, split.held_out)
+    assert (len(train), len(held_out)) == (9 * 10**11, 10**11)
+    read = [part.read([0, len(part) - 1], ("x",))["x"].tolist() for part in (train, held_out)]
+    assert len({*read[0], *read[1]}) == 4 and all(0 <= x < 10**12 for part in read for x in part)
+    assert len(Batches(len(train), 4096, 0).at(10**6)) == 4096

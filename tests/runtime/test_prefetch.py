@@ -1,3 +1,4 @@
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -60,6 +61,39 @@ def test_it_reads_ahead_but_not_further_than_depth() -> None:
         reader.next()
         wait_until(data.asked, 4)
         assert len(data.asked) == 4
+
+
+class Slow(Recorder):
+    """A read takes 30 ms, in which it waits as for a disk."""
+
+    def read(self, indices: Sequence[int], keys: Sequence[str]) -> dict[str, Tensor]:
+        time.sleep(0.03)
+        return super().read(indices, keys)
+
+
+def test_a_read_overlaps_the_step() -> None:
+    """Steps take the longer of reading and computing, 30 ms, not the 60 ms of both."""
+    with Prefetcher(Slow(), ["x"], pair, 0, 21) as reader:
+        reader.next()
+        start = time.perf_counter()
+        for _ in range(20):
+            time.sleep(0.03)
+            reader.next()
+        seconds = time.perf_counter() - start
+    assert 20 * 0.03 <= seconds < 20 * 0.045
+
+
+def test_a_reader_in_pure_python_lets_go_of_the_lock_often() -> None:
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        Prefetcher(Recorder(), ["x"], pair, 0, 1).close()
+        assert sys.getswitchinterval() == pytest.approx(1e-4)
+        sys.setswitchinterval(1e-5)
+        Prefetcher(Recorder(), ["x"], pair, 0, 1).close()
+        assert sys.getswitchinterval() == pytest.approx(1e-5)  # who has chosen less keeps it
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_without_keys_nothing_is_read() -> None:

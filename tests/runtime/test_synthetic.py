@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from gpp.models.candle_uno import CandleUno
+from gpp.models.dlrm import Dlrm
 from gpp.runtime.data import DataError
-from gpp.runtime.synthetic import Synthetic, clicks, vectors
+from gpp.runtime.synthetic import Synthetic, clicks, drug_responses, vectors
 
 
 def mixed(**changes: object) -> Synthetic:
@@ -72,6 +75,46 @@ def test_what_models_read() -> None:
     assert set(data.read(range(9), ("label",))["label"].tolist()) <= {0.0, 1.0}
     assert int(data.read(range(9), ("sparse_0",))["sparse_0"].max()) < 7
     assert vectors(9, branches=1, sequence=4, hidden=2, classes=3).keys == ("vectors_0", "label")
+
+
+def train(model: nn.Module, data: Synthetic, steps: int, rate: float) -> dict[str, torch.Tensor]:
+    """Train on the first samples of the data set, and return the last 1000."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    for step in range(steps):
+        loss, _ = model(**data.read(range(64 * step, 64 * step + 64), data.keys))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return data.read(range(len(data) - 1000, len(data)), data.keys)
+
+
+def area_under_curve(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """The share of pairs of a click and none in which the click has the higher score."""
+    return (scores[labels == 1][:, None] > scores[labels == 0]).double().mean().item()
+
+
+def test_a_small_dlrm_learns_the_clicks() -> None:
+    sizes = {"dense": 2, "features": 4, "tables": 2, "rows": 20, "bag": 3}
+    torch.manual_seed(0)
+    model = Dlrm(
+        **sizes, dense_layers=2, hidden=32, dimension=4, pooling="sum", interaction="concat", top_layers=1
+    )
+    logits: list[torch.Tensor] = []
+    model.out.register_forward_hook(lambda module, given, out: logits.append(out.squeeze(-1)))
+    held_out = train(model, clicks(200 * 64 + 1000, **sizes), 200, 0.01)
+    loss, metrics = model(**held_out)
+    assert held_out["label"].mean().item() == pytest.approx(0.5, abs=0.1)
+    assert loss.item() < 0.35 and metrics["accuracy"].item() > 0.85  # a guess: 0.69 and 0.5
+    assert area_under_curve(logits[-1].detach(), held_out["label"]) > 0.93  # a guess: 0.5
+
+
+def test_a_small_candle_uno_learns_the_responses() -> None:
+    features = {"dose": 1, "cell": 6, "drug": 9}
+    torch.manual_seed(0)
+    model = CandleUno(features, branches=3, layers=2, hidden=32, top_layers=1)
+    held_out = train(model, drug_responses(200 * 64 + 1000, features=features, branches=3), 200, 0.003)
+    loss, _ = model(**held_out)
+    assert loss.item() < 0.05 * held_out["growth"].var().item()  # the variance is what the mean alone leaves
 
 
 def test_what_cannot_be() -> None:
