@@ -1,5 +1,7 @@
 """The planners by name; what is not asked for is not loaded."""
 
+from dataclasses import replace
+
 from gpp.cost import CostModel
 from gpp.graph import ComputationGraph
 from gpp.plan import Plan
@@ -10,9 +12,22 @@ from .settings import SettingsError
 
 
 def planned(
-    name: str, graph: ComputationGraph, cluster: DeviceTopology, times: CostModel, options: Options
+    name: str,
+    graph: ComputationGraph,
+    cluster: DeviceTopology,
+    times: CostModel,
+    options: Options,
+    *,
+    k: int = 1,
 ) -> Plan:
-    """What the planner of that name answers. Raises PlanError saying why if it cannot."""
+    """What the planner of that name answers, under the schedule that the options name, `k` passes in a row.
+    Raises PlanError saying why if it cannot."""
+    from gpp.planner.estimate import Problem
+    from gpp.planner.imposed import imposed, thought_of
+
+    problem = Problem(graph, cluster, times, options)
+    if name != "gpp":
+        options = replace(options, policy=thought_of(options.policy))
     match name:
         case "gpp":
             from gpp.planner.gpp import plan
@@ -26,4 +41,4 @@ def planned(
             from gpp.planner.piper import plan
         case _:
             raise SettingsError(f"there is no planner {name}")
-    return plan(graph, cluster, times, options)
+    return imposed(problem, plan(graph, cluster, times, options), k)

@@ -11,15 +11,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from benchmarks.report import machine, markdown, merged, record, text
+from benchmarks.section import Section, unmeasured
+
 from .answers import piper_answers
 from .bottleneck import against_piper
 from .gains import gaps, over_graphpipe
 from .memory import least_memory
 from .profiles import every_profile
-from .report import machine, markdown, merged, record, text
 from .rivals import near_optimum, never_worse
 from .runs import Runs
-from .section import Section, unmeasured
 from .speed import import_seconds, planning_seconds
 from .throughput import over_linear
 from .workloads import CHECKOUT, floors, paper_models, profiles_folder, published, questions
@@ -77,7 +78,9 @@ def _write(target: Path, found: dict[str, Any]) -> None:
     """After each section: a run that is stopped keeps what it has."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(found, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(found["sections"]))
+    target.with_suffix(".md").write_text(
+        markdown(found["sections"], "The planners, measured", "python -m benchmarks.planner")
+    )
 
 
 if __name__ == "__main__":

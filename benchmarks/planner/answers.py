@@ -5,12 +5,12 @@ from dataclasses import replace
 from math import isinf
 from pathlib import Path
 
+from benchmarks.section import Cell, Section
 from gpp.formats.piper import RECOMPUTED, PiperInstance, read_piper
 from gpp.planner.piper import solve
 
 from .references import LONG, Reference, references
 from .runs import best_of
-from .section import Cell, Section
 
 LIMIT = 10.0  # seconds
 

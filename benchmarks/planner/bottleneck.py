@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.section import Cell, Section
 from gpp.formats import read_profile
 from gpp.formats.profile import Profile
 from gpp.planner.estimate import Problem
@@ -12,7 +13,6 @@ from gpp.topology import Device, DeviceTopology, Link
 
 from .references import LONG, Reference, references
 from .runs import best_of
-from .section import Cell, Section
 
 FASTER, LIMIT, TIMES = 50.0, 0.1, 20
 MUCH_FASTER = {"mmt4x8_layers": 1000.0}

@@ -5,11 +5,11 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
+from benchmarks.section import Cell, Section, geometric_mean
 from gpp.plan import Plan
 from gpp.planner.options import Options
 
 from .runs import Runs, everything
-from .section import Cell, Section, geometric_mean
 from .workloads import MICRO_BATCH, Workload, sizes_text
 
 DEVICES = (8, 16, 32)

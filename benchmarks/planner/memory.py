@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.section import Cell, Section, geometric_mean
 from gpp.plan import Plan
 from gpp.planner.downset_search import ANY, DownsetSearch
 from gpp.planner.downsets import downsets
@@ -11,7 +12,6 @@ from gpp.planner.options import Options
 from launch.comparison import answer
 
 from .runs import everything
-from .section import Cell, Section, geometric_mean
 from .workloads import Question, Workload
 
 PLANNERS = ("piper", "graphpipe", "gpp")

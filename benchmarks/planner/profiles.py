@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.section import Cell, Section
 from gpp.planner.options import Options
 from launch.comparison import answer
 
 from .runs import Runs, everything
-from .section import Cell, Section
 from .workloads import Workload
 
 DEVICES = (8, 32)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
+from benchmarks.section import Cell, Section
 from gpp.cost import all_reduce_seconds
 from gpp.plan import Plan
 from gpp.planner.estimate import assemble, estimated
@@ -11,7 +12,6 @@ from gpp.planner.exact import FEW, downset_groups, downset_optimum
 from gpp.planner.rivals import partitions
 
 from .runs import Runs, everything
-from .section import Cell, Section
 from .workloads import Question
 
 RIVALS = ("graphpipe", "piper", "pipedream", "sequential")

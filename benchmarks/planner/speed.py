@@ -5,10 +5,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from benchmarks.section import Cell, Section
 from gpp.planner.options import Options
 
 from .runs import everything, planned_in
-from .section import Cell, Section
 from .workloads import CHECKOUT, Workload
 
 # Samples of a step, by devices: several hundred micro-batches to choose from.

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.section import Cell, Section
 from gpp.planner.options import Options
 from launch.comparison import on_true_graph
 
 from .runs import Runs, everything
-from .section import Cell, Section
 from .workloads import MICRO_BATCH, Workload, sizes_text
 
 DEVICES = (4, 8, 16, 32)

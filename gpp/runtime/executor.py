@@ -36,10 +36,10 @@ from gpp.trace import Activity, Span
 
 from .channels import Channels, Held, joined, port_of
 from .communicator import Communicator
+from .rank_state import RankState
 from .reduce import slot_sum
 from .results import local_weight
 from .schedules import pieces_of
-from .state import StageState
 
 Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
 _Piece = tuple[int, Samples]  # of a stage
@@ -66,7 +66,7 @@ class Executor:
         plan: Plan,
         schedule: Schedule,
         programs: Sequence[StageProgram],
-        state: StageState | None,
+        state: RankState | None,
         loss: TermSum,
         device: torch.device,
     ) -> None:
@@ -93,7 +93,7 @@ class Executor:
         self.spans: list[Span] = []
 
     @property
-    def own_state(self) -> StageState:
+    def own_state(self) -> RankState:
         """The state of a rank that has stages."""
         assert self.state is not None
         return self.state

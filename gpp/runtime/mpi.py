@@ -1,15 +1,20 @@
 """Ranks that are MPI processes. Importing this module starts MPI: see `gpp.runtime.environment`."""
 
+import mmap
 import os
 import sys
+import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
 from .collectives import RESERVED_TAGS, Collectives
 from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
+from .doorbell import Doorbell
 from .environment import lonely
 
 try:
@@ -19,9 +24,11 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
         f"MPI cannot be loaded ({error}); install the extra `gpp[mpi]`, or mpi4py built for the site's MPI"
     ) from error
 
-SPIN = 50e-6  # seconds of polling before a waiting rank sleeps: there may be more ranks than cores
-LONGEST_SLEEP = 500e-6
-PATIENCE = 0.1  # sleep this part of the time waited so far: a message is noticed at most so much too late
+SPIN = 20e-3  # seconds of polling before a waiting rank sleeps
+BUSY = 300e-6  # a yield that takes so long: somebody else wants the processor, and polling ends at once
+RUNG = 5e-3  # seconds that a rank sleeps where the sender rings
+LONGEST_SLEEP = 500e-6  # where nobody rings: other hosts, and what goes out, which MPI pushes on when polled
+PATIENCE = 0.1  # then sleep this part of the time waited so far: noticed at most so much too late
 
 
 class MpiRequest:
@@ -54,13 +61,21 @@ class MpiRequest:
 
 
 class MpiCommunicator(Collectives):
-    """`Communicator` over a communicator of mpi4py, which it owns."""
+    """`Communicator` over a communicator of mpi4py, which it owns.
 
-    def __init__(self, comm: MPI.Intracomm, hosts: tuple[str, ...]):
+    `job` names it among those of the machine: it is the same on all ranks.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, hosts: tuple[str, ...], job: str):
         self._comm = comm
         self._hosts = hosts
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
+        self._near = tuple(host == hosts[self._rank] for host in hosts)
+        node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, key=self._rank))
+        self._bell = Doorbell(job, self._rank, _shared_bytes(node, job, self._size))
+        node.Free()
+        self._going: deque[MpiRequest] = deque()  # sends that had not left when they were last seen
 
     @property
     def rank(self) -> int:
@@ -93,7 +108,12 @@ class MpiCommunicator(Collectives):
             request = self._comm.Isend(message.handle, target, tag + RESERVED_TAGS)
         except MPI.Exception as error:
             raise _failed(error, route) from error
-        return MpiRequest(request, message, route, sending=True)
+        sent = MpiRequest(request, message, route, sending=True)
+        if not sent.done():
+            self._going.append(sent)
+        if self._near[target]:
+            self._bell.ring(target)
+        return sent
 
     def irecv(self, buffer: Tensor | Buffer, source: int, tag: int) -> MpiRequest:
         """See `Communicator`. Sizes are to be agreed on before: Open MPI is known to crash when a long
@@ -119,13 +139,33 @@ class MpiCommunicator(Collectives):
         return bool(found.status.Is_cancelled())
 
     def wait(self, requests: Sequence[Request]) -> None:
-        """See `Communicator`. Polls, since MPI has no other way to wait without burning the processor."""
+        """See `Communicator`. Polls, since MPI has no other way to wait; goes to sleep when it takes long or
+        the processor is wanted: there may be more ranks than cores."""
         pending = [r for r in requests if not r.done()]
-        start = time.perf_counter()
-        while pending:
-            waited = time.perf_counter() - start
-            time.sleep(0 if waited < SPIN else min(PATIENCE * waited, LONGEST_SLEEP))
+        start = now = time.perf_counter()
+        while pending and now - start < SPIN:
+            os.sched_yield()
             pending = [r for r in pending if not r.done()]
+            before, now = now, time.perf_counter()
+            if now - before > BUSY:
+                break
+        if pending:
+            self._sleep_until(pending, start)
+
+    def _sleep_until(self, pending: list[Request], start: float) -> None:
+        self._bell.lie_down()
+        while pending := [r for r in pending if not r.done()]:
+            waited = time.perf_counter() - start
+            self._bell.sleep(RUNG if self._is_rung_for(pending) else min(PATIENCE * waited, LONGEST_SLEEP))
+        self._bell.get_up()
+
+    def _is_rung_for(self, pending: Sequence[Request]) -> bool:
+        """Whether all that is awaited rings, and nothing on its way out needs to be pushed on."""
+        while self._going and self._going[0].done():
+            self._going.popleft()
+        return not self._going and all(
+            not r.sending and self._near[r.route[0]] for r in cast(Sequence[MpiRequest], pending)
+        )
 
     def neighbor_exchange(
         self, sources: Sequence[int], targets: Sequence[int], objects: Sequence[Any]
@@ -147,6 +187,7 @@ class MpiCommunicator(Collectives):
     def close(self) -> None:
         """Give the communicator back, once nothing is under way; called by all ranks."""
         self.barrier()
+        self._bell.close()
         self._comm.Free()
 
 
@@ -167,7 +208,23 @@ def connect() -> MpiCommunicator:
     places = world.allgather((*place, MPI.Get_processor_name()))
     hosts = tuple(name for _, _, name in sorted(places))
     comm = cast(MPI.Intracomm, world.Split(0, key=sorted(p[:2] for p in places).index(place)))
-    return MpiCommunicator(comm, _distinct(tuple(first for first, _, _ in sorted(places)), hosts))
+    job = comm.bcast(f"{os.getpid()}-{time.time_ns()}")
+    return MpiCommunicator(comm, _distinct(tuple(first for first, _, _ in sorted(places)), hosts), job)
+
+
+def _shared_bytes(node: MPI.Intracomm, job: str, count: int) -> mmap.mmap:
+    """Bytes, 0 at first, that the ranks of a host share; their file's name is gone before anybody can fail."""
+    folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    file = folder / f"gpp-{job}"
+    if node.Get_rank() == 0:
+        file.write_bytes(bytes(count))
+    node.Barrier()
+    with file.open("r+b") as opened:
+        memory = mmap.mmap(opened.fileno(), count)
+    node.Barrier()
+    if node.Get_rank() == 0:
+        file.unlink()
+    return memory
 
 
 def _distinct(nodes: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,10 +14,8 @@ from benchmarks.planner.gains import CHOICES, gaps, over_graphpipe
 from benchmarks.planner.memory import bisected, floor, least_memory
 from benchmarks.planner.profiles import every_profile
 from benchmarks.planner.references import LONG, references
-from benchmarks.planner.report import FORMAT, machine, markdown, merged, record, text
 from benchmarks.planner.rivals import bottleneck, near_optimum, never_worse
 from benchmarks.planner.runs import Runs, best_of, everything
-from benchmarks.planner.section import Section, geometric_mean, unmeasured
 from benchmarks.planner.speed import import_seconds, planning_seconds
 from benchmarks.planner.throughput import over_linear
 from benchmarks.planner.workloads import (
@@ -30,6 +28,8 @@ from benchmarks.planner.workloads import (
     published,
     questions,
 )
+from benchmarks.report import FORMAT, machine, markdown, merged, record, text
+from benchmarks.section import Section, geometric_mean, unmeasured
 from gpp.cost import Roofline
 from gpp.planner.options import Options
 
@@ -200,7 +200,7 @@ def test_results_of_several_runs_come_together(tmp_path: Path) -> None:
     target.write_text(json.dumps(merged([record(one, 1.0, machine())], target, ("two", "one"))))
     both = merged([record(two, 2.0, machine())], target, ("two", "one"))
     assert both["format"] == FORMAT and [item["name"] for item in both["sections"]] == ["two", "one"]
-    lines = markdown(both["sections"]).splitlines()
+    lines = markdown(both["sections"], "Title", "command").splitlines()
     assert "| a\\|b | 2 | 3 | no |" in lines and "| first | 1 | nothing |  |" in lines
     assert "| 0.1235 |" in lines
     assert {"processor", "cores", "python", "numpy", "date"} <= set(both["sections"][0]["machine"])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.pipeline.stage_graphs import GRAPHS, paced
 from gpp.plan import Plan, Policy, StageSeconds
 from gpp.schedule.check import check
 from gpp.schedule.choices import candidates
@@ -15,7 +16,6 @@ from gpp.schedule.task import Reduce, Reduction
 from gpp.schedule.template import pipeline
 from gpp.simulate import reduce_seconds
 from gpp.timing import step_seconds
-from tests.schedule.stage_graphs import GRAPHS, paced
 from tests.strategies import chain, make_plan, plans
 
 

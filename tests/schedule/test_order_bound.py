@@ -2,11 +2,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.pipeline.stage_graphs import GRAPHS, paced
 from gpp.plan import Plan, Policy, StageSeconds
 from gpp.schedule.order_bound import order_bound
 from gpp.schedule.template import Counts, pipeline, template, warm_ups, with_schedule
 from gpp.simulate import simulate
-from tests.schedule.stage_graphs import GRAPHS, paced
 from tests.strategies import chain, make_plan, plans
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.pipeline.stage_graphs import GRAPHS, fan_in, paced
 from gpp.plan import Plan, Policy, StageSeconds
 from gpp.schedule.check import check
 from gpp.schedule.lower import lower
@@ -18,7 +19,6 @@ from gpp.schedule.template import (
     with_schedule,
 )
 from gpp.simulate import simulate
-from tests.schedule.stage_graphs import GRAPHS, fan_in, paced
 from tests.strategies import chain, make_plan, plans
 
 ZERO_BUBBLE = Policy("zero-bubble")

@@ -52,9 +52,9 @@ def merged(records: Sequence[Mapping[str, Any]], old: Path, order: Sequence[str]
     return {"format": FORMAT, "sections": [kept[name] for name in order if name in kept]}
 
 
-def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
-    """One table of all sections, then each section's rows."""
-    lines = ["# The planners, measured", "", "Written by `python -m benchmarks.planner`.", ""]
+def markdown(sections: Sequence[Mapping[str, Any]], title: str, command: str) -> str:
+    """One table of all sections, then each section's rows; `command` wrote it."""
+    lines = [f"# {title}", "", f"Written by `{command}`.", ""]
     head = ("what", "to reach", "measured", "reached")
     lines += _table(head, [(s["what"], s["reach"], s["measured"], _word(s["reached"])) for s in sections])
     for section in sections:

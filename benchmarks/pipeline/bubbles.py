@@ -1,0 +1,96 @@
+"""Zero-bubble against 1F1B on emulated devices: is what the simulator promises what a clock shows?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.section import Cell, Section, geometric_mean
+from gpp.plan import Plan
+from gpp.planner.estimate import estimated
+from gpp.runtime.emulation import with_messages
+from gpp.schedule.choices import candidates
+
+from .emulate import timed
+from .stage_graphs import GRAPHS, paced
+
+NAMES = ("chain 4", "chain 8", "4 x 2 + 1", "7 x 1 + 2", "1, 4 + 1", "diamond 2 x 2", "two diamonds 3 x 2")
+RATIOS = (1, 2, 4, 8)  # micro-batches over depth, m / D
+UNIT = 10e-3  # seconds of a pass
+SPREAD = 0.25  # of the passes' seconds by stage, on every other graph
+STEPS = 3
+MESSAGE = 1 << 10  # bytes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """1F1B and the best schedule with split backwards in which no stage holds more than 1F1B's first one."""
+
+    name: str
+    ratio: int
+    plain: Plan
+    split: Plan
+
+
+def pairs(names: Sequence[str] = NAMES, ratios: Sequence[int] = RATIOS, unit: float = UNIT) -> list[Pair]:
+    """For each graph and m / D; stages alternate between equal and unequal from graph to graph."""
+    found = []
+    for number, name in enumerate(names):
+        spread = SPREAD if number % 2 else 0.0
+        depth = paced(GRAPHS[name], 1).stage_graph.depth
+        for ratio in ratios:
+            plain = estimated(paced(GRAPHS[name], ratio * depth, spread=spread, unit=unit))
+            plain = estimated(with_messages(plain, MESSAGE))
+            caps = [depth] * len(plain.stage_graph.stages)
+            split = min(map(estimated, candidates(plain, caps)), key=lambda plan: plan.estimate)
+            found.append(Pair(name, ratio, plain, split))
+    return found
+
+
+def zero_bubble(cases: Sequence[Pair] | None = None, steps: int = STEPS) -> Section:
+    """Measured over measured, beside simulated over simulated."""
+    cases = pairs() if cases is None else cases
+    seconds = _measured(cases, steps)
+    rows: list[tuple[Cell, ...]] = []
+    measured, off = [], []
+    for number, case in enumerate(cases):
+        plain, split = seconds[f"{number} plain"], seconds[f"{number} split"]
+        promised = case.split.estimate / case.plain.estimate
+        measured.append(split / plain)
+        off.append(split / plain / promised - 1)
+        rows.append(
+            (
+                case.name,
+                case.ratio,
+                case.split.policy.name,
+                case.plain.estimate,
+                plain / case.plain.estimate,
+                promised,
+                split / plain,
+                f"{off[-1]:+.1%}",
+            )
+        )
+    mean, worst, furthest = geometric_mean(measured), max(measured), max(map(abs, off))
+    return Section(
+        name="zero-bubble",
+        what="zero-bubble over 1F1B at equal peak memory, emulated devices, chains and branched graphs, "
+        f"m / D = {', '.join(map(str, sorted({case.ratio for case in cases})))}",
+        reach="the simulated gain within 3%; geometric mean at most 0.90; never above 1.01",
+        measured=f"within {furthest:.1%}; geometric mean {mean:.3f}; at most {worst:.3f}",
+        reached=furthest <= 0.03 and mean <= 0.90 and worst <= 1.01,
+        columns=(
+            *("graph", "m / D", "schedule", "1F1B simulated (s)", "1F1B measured / simulated"),
+            *("simulated gain", "measured gain", "off by"),
+        ),
+        rows=tuple(rows),
+        note=f"A rank for each stage, all on this machine; passes of {UNIT * 1e3:.0f} ms (forward and each "
+        f"half of the backward), every second graph's stages +-{SPREAD:.0%}; messages of {MESSAGE} bytes. No "
+        "stage holds more micro-batches than 1F1B's first one.",
+    )
+
+
+def _measured(cases: Sequence[Pair], steps: int) -> Mapping[str, float]:
+    """Seconds of a step by number and side; one job for each number of ranks."""
+    plans: dict[int, dict[str, Plan]] = {}
+    for number, case in enumerate(cases):
+        ranks = plans.setdefault(len(case.plain.topology.devices), {})
+        ranks |= {f"{number} plain": case.plain, f"{number} split": case.split}
+    return {name: s for found in plans.values() for name, s in timed(found, steps).seconds.items()}

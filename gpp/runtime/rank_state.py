@@ -1,0 +1,38 @@
+"""What the executor asks of a rank's weights, whoever keeps them: real ones, or an emulated device's none."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from .communicator import Communicator
+
+
+class RankState(Protocol):
+    """Weights, gradients and optimizer of the stages of one rank. See `gpp.runtime.state.StageState`."""
+
+    @property
+    def arguments(self) -> Mapping[int, Sequence[Tensor]]:
+        """By stage, the parameters that its functions take."""
+
+    @property
+    def buffer_arguments(self) -> Mapping[int, Sequence[Tensor]]:
+        """By stage, the buffers that its functions take."""
+
+    def accumulate(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
+        """Add one micro-batch's gradients."""
+
+    def reduce(self, comm: Communicator, group: tuple[int, ...], stage: int, shared: int) -> None:
+        """Sum a stage's gradients, or those of a tied group, over `group`."""
+
+    def gather_norms(self, comm: Communicator, group: tuple[int, ...]) -> None:
+        """Learn the norms of all ranks' gradients."""
+
+    def scale(self, weight: float) -> None:
+        """Divide the gradients."""
+
+    def update(self) -> float | None:
+        """Step the optimizer. Returns the global norm if it was asked for."""
+
+    def spread(self, comm: Communicator) -> None:
+        """Hand what only this replica has updated to the others."""
