@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from gpp.graph import ComputationGraph
+from gpp.program.autocast import Autocast
 from gpp.program.random import arguments
 from gpp.program.stage import Results, TermSum
 from gpp.program.traced import TracedMode, TracedModel, symbol
@@ -18,6 +19,7 @@ from .export import CaptureError, Exported, export_mode
 from .grouping import Grouping, base_name, group
 from .measure import NodeCost, measure
 from .operators import boundary, build_graph
+from .precision import under_rules
 from .tail import Tails, split_tails
 
 MANY = 4  # heavy nodes: more than torch's own attention has
@@ -45,16 +47,19 @@ class Captured:
     merged: Mapping[str, int]
 
 
-def capture(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> Captured:
+def capture(
+    model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0, autocast: Autocast | None = None
+) -> Captured:
     """Capture `model` with an example batch of export.EXAMPLES samples on the model's device (meta works).
 
-    Raises CaptureError naming the module and the reason.
+    With `autocast` the graph computes what the model computes under it. Raises CaptureError naming the module
+    and the reason.
     """
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     if not any(trainable.values()):
         raise CaptureError(f"{type(model).__name__} has no trainable parameter")
     modes = {
-        training: _Mode.make(model, export_mode(model, batch, training=training, seed=seed), batch)
+        training: _Mode.make(model, export_mode(model, batch, training=training, seed=seed), batch, autocast)
         for training in (True, False)
     }
     train, evaluate = modes[True], modes[False]
@@ -104,9 +109,20 @@ class _Mode:
     grouping: Grouping
 
     @classmethod
-    def make(cls, model: nn.Module, exported: Exported, batch: Mapping[str, Tensor]) -> "_Mode":
+    def make(
+        cls, model: nn.Module, exported: Exported, batch: Mapping[str, Tensor], autocast: Autocast | None
+    ) -> "_Mode":
         facts = dependences(exported, _values(model, exported, batch))
+        for name, node in exported.predictions.items():
+            if node.name not in facts.per_sample:
+                raise CaptureError(
+                    f"the prediction {name!r} of {type(model).__name__}.forward is no value for each sample: "
+                    f"its shape is {tuple(node.meta['val'].shape)}, and samples must be in dimension 0, none "
+                    "depending on another"
+                )
         tails = split_tails(exported)
+        if autocast is not None:  # only now: who mixes samples shows in full precision
+            exported, facts = under_rules(exported, facts, tails.nodes, autocast)
         return cls(exported, facts, tails, group(exported, facts, tails))
 
     @cached_property
@@ -127,6 +143,7 @@ class _Mode:
             boundary=frozenset(n.name for ns in boundary(self.exported, self.grouping).values() for n in ns),
             needs_grad=frozenset(),
             terms={n.name: n.name for n in self.exported.module.graph.nodes if n.name in self.tails.terms},
+            predictions={name: node.name for name, node in self.exported.predictions.items()},
         )
 
 

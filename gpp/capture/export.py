@@ -35,7 +35,8 @@ class Exported:
 
     `batch` is the symbol of the batch size. `metrics` values are (sum node, weight node | None).
     `ignored` counts, for each mean of class losses, the labels that it leaves out. `together` are groups of
-    nodes that share a mutated storage and must stay in one operator.
+    nodes that share a mutated storage and must stay in one operator. `predictions` are the values for each
+    sample that evaluation gives, by name.
     """
 
     module: fx.GraphModule
@@ -48,6 +49,7 @@ class Exported:
     metrics: Mapping[str, tuple[fx.Node, fx.Node | None]]
     ignored: Mapping[str, fx.Node] = field(default_factory=dict)
     together: tuple[frozenset[str], ...] = field(default=())
+    predictions: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 def export_mode(model: nn.Module, batch: Mapping[str, Tensor], *, training: bool, seed: int) -> Exported:
@@ -63,7 +65,7 @@ def export_mode(model: nn.Module, batch: Mapping[str, Tensor], *, training: bool
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return _clean(model, program, seed)
+    return _clean(model, program, seed, training=training)
 
 
 def check_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -133,7 +135,9 @@ def _named_keywords(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[N
             model.forward = own
 
 
-def _clean(model: nn.Module, program: torch.export.ExportedProgram, seed: int) -> Exported:
+def _clean(
+    model: nn.Module, program: torch.export.ExportedProgram, seed: int, *, training: bool
+) -> Exported:
     module = fx.GraphModule(program.graph_module, program.graph_module.graph)
     signature = program.graph_signature
     canonical = _canonical_names(model)
@@ -148,12 +152,13 @@ def _clean(model: nn.Module, program: torch.export.ExportedProgram, seed: int) -
     together = make_functional(module.graph, set(parameters) | set(buffers))
     _key_random_nodes(module, seed, batch)
     wrap_autocast(module.graph)
-    loss, metrics = _results(model, module, program)
+    loss, metrics, predictions = _results(model, module, program, training=training)
     drop_unused(module.graph, set(buffers), {name for group in together for name in group})
     ignored = _ignored_labels(module) if loss[1] is None else {}
     module.recompile()
     return Exported(
-        module, parameters, buffers, constants, keys, batch, loss, metrics, ignored, tuple(together)
+        *(module, parameters, buffers, constants, keys, batch, loss, metrics, ignored, tuple(together)),
+        predictions=predictions,
     )
 
 
@@ -210,24 +215,33 @@ def _key_random_nodes(module: fx.GraphModule, seed: int, batch: Any) -> None:
         raise CaptureError(str(error)) from None
 
 
-RESERVED = ("loss", "step", "step_seconds", "samples_per_second", "grad_norm")
+RESERVED = ("loss", "step", "step_seconds", "samples_per_second", "grad_norm", "lr")
 _CLASS_LOSSES = ("aten.cross_entropy_loss", "aten.nll_loss")
 _CONTRACT = (
-    "forward must return the loss, or (loss, {name: metric}); each is a scalar tensor that is a mean over "
-    "samples, or a pair (sum, weight) of scalar tensors"
+    "forward must return the loss, (loss, {name: metric}) or (loss, {name: metric}, {name: prediction}); loss "
+    "and metrics are scalar tensors that are means over samples, or pairs (sum, weight) of scalar tensors; a "
+    "prediction is a tensor with the samples in dimension 0"
 )
 
 
+def parts_of(returned: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What forward returns as loss, metrics and predictions."""
+    parts = list(returned) if isinstance(returned, tuple | list) else []
+    if len(parts) in (2, 3) and all(isinstance(part, dict) for part in parts[1:]):
+        return parts[0], parts[1], parts[2] if len(parts) == 3 else {}
+    return returned, {}, {}
+
+
 def _results(
-    model: nn.Module, module: fx.GraphModule, program: torch.export.ExportedProgram
-) -> tuple[tuple[fx.Node, fx.Node | None], dict[str, tuple[fx.Node, fx.Node | None]]]:
+    model: nn.Module, module: fx.GraphModule, program: torch.export.ExportedProgram, *, training: bool
+) -> tuple[
+    tuple[fx.Node, fx.Node | None], dict[str, tuple[fx.Node, fx.Node | None]], dict[str, fx.Node]
+]:
     output = next(n for n in module.graph.nodes if n.op == "output")
     skip = len(output.args[0]) - len(program.graph_signature.user_outputs)
     returned = pytree.tree_unflatten(list(output.args[0][skip:]), program.call_spec.out_spec)
     name = type(model).__name__
-    metrics: dict[str, Any] = {}
-    if isinstance(returned, tuple | list) and len(returned) == 2 and isinstance(returned[1], dict):
-        returned, metrics = returned
+    returned, metrics, wanted = parts_of(returned)
     if isinstance(returned, dict):
         raise CaptureError(
             f"{name}.forward returns a dictionary with {', '.join(map(str, returned))}: {_CONTRACT}"
@@ -238,9 +252,25 @@ def _results(
             f"{name}.forward returns a metric called {taken[0]!r}, a name that results have already; call it "
             f"otherwise (taken are {', '.join(RESERVED)})"
         )
-    return _result(module, name, "loss", returned), {
+    results = _result(module, name, "loss", returned), {
         str(k): _result(module, name, f"metric {k!r}", v) for k, v in metrics.items()
     }
+    # training computes no predictions; what nothing uses any more goes
+    predictions = {} if training else {str(k): _prediction(module, name, k, v) for k, v in wanted.items()}
+    nodes = [n for pair in (results[0], *results[1].values()) for n in pair if isinstance(n, fx.Node)]
+    output.args = ((*output.args[0][:skip], *nodes, *predictions.values()),)
+    return *results, predictions
+
+
+def _prediction(module: fx.GraphModule, model: str, key: Any, value: Any) -> fx.Node:
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
+        raise CaptureError(f"{model}.forward returns as its prediction {key!r} {value!r}: {_CONTRACT}")
+    if value.op != "placeholder":
+        return value
+    with module.graph.inserting_before(next(n for n in module.graph.nodes if n.op != "placeholder")):
+        made = module.graph.call_function(torch.ops.aten.clone.default, (value,))  # some stage's own value
+    made.meta["val"] = value.meta["val"]
+    return made
 
 
 def _result(module: fx.GraphModule, model: str, what: str, value: Any) -> tuple[fx.Node, fx.Node | None]:

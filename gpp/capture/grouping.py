@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from gpp.program.autocast import operator_called
+from gpp.program.autocast import is_cast, operator_called
 
 from .dependence import Dependence, Dependences
 from .export import Exported, path_of
@@ -68,6 +68,7 @@ def group(exported: Exported, facts: Dependences, tails: Tails) -> Grouping:
                 groups[node] = groups[by_name[loss]]
     _absorb_light(nodes, groups, facts)
     _give_views_to_readers(nodes, groups, facts)
+    _place_casts(nodes, groups)
     _merge(nodes, groups, _bonds(exported, facts, tails, nodes))
     return _named(exported, nodes, groups)
 
@@ -184,6 +185,20 @@ def _give_views_to_readers(nodes: list[fx.Node], groups: dict[fx.Node, int], fac
             groups[node] = readers.pop()
 
 
+def _place_casts(nodes: list[fx.Node], groups: dict[fx.Node, int]) -> None:
+    """Casts where the fewest bytes cross: a widening one with its reader, a narrowing one with the value, but
+    with its reader where the value itself crosses too, or would cross narrowed several times."""
+    for base in nodes:
+        casts = [u for u in base.users if is_cast(u) and u in groups]
+        away = {groups[u] for u in base.users if u in groups and not is_cast(u)} - {groups[base]}
+        readers = {cast: groups[reader] for cast in casts for reader in cast.users if reader in groups}
+        leaving = [cast for cast, reader in readers.items() if reader != groups[base]]
+        for cast in leaving:
+            wide, narrow = base.meta["val"].dtype.itemsize, cast.meta["val"].dtype.itemsize
+            if away or narrow >= wide or len(leaving) * narrow > wide:
+                groups[cast] = readers[cast]
+
+
 def _bonds(exported: Exported, facts: Dependences, tails: Tails, nodes: list[fx.Node]) -> list[list[fx.Node]]:
     """Sets of nodes that must share an operator."""
     inside = set(nodes)
@@ -257,6 +272,7 @@ def _topological(
 
 def _describe(members: list[fx.Node]) -> tuple[str, str]:
     """Name and kind after the heavy nodes: their common module path."""
+    members = [n for n in members if not is_cast(n)] or members  # the same names in every precision
     heavy = [n for n in members if base_name(n) in _HEAVY] or members
     kind = "attention" if any("attention" in base_name(n) for n in heavy) else base_name(heavy[0])
     paths = [path_of(n).split(".") for n in heavy]

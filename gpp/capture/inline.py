@@ -14,7 +14,9 @@ from gpp.program.autocast import under_autocast
 
 _GRAD = "wrap_with_set_grad_enabled"
 _AUTOCAST = "wrap_with_autocast"
-_SETTING = "gpp_autocast"  # in a node's meta: (device, dtype) of the autocast block that it came from
+# in a node's meta: (device, dtype) of the autocast block that it came from, or _OFF where it is switched off
+_SETTING = "gpp_autocast"
+_OFF = "off"
 
 
 def inline_blocks(module: fx.GraphModule, learnable: set[str]) -> None:
@@ -31,12 +33,19 @@ def wrap_autocast(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         setting = node.meta.get(_SETTING)
         target = node.target
-        if setting is None or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        if setting in (None, _OFF) or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target.namespace != "aten":
             continue
         if target.is_view or target._schema.is_mutable or not isinstance(node.meta.get("val"), Tensor):
             continue
         node.args = (*setting, target, *node.args)
         node.target = under_autocast
+
+
+def in_own_autocast(node: fx.Node) -> bool:
+    """Whether the model itself says how this call is to run, with autocast or without."""
+    return node.meta.get(_SETTING) is not None
 
 
 def _name(node: fx.Node) -> str:
@@ -51,7 +60,7 @@ def _inline(module: fx.GraphModule, node: fx.Node, learnable: set[str]) -> None:
         detach = not enabled
     else:
         device, dtype, enabled, _, sub, *args = node.args
-        setting = (device, dtype) if enabled else None
+        setting = (device, dtype) if enabled else _OFF
     assert isinstance(sub, fx.Node)
     inner = getattr(module, str(sub.target))
     graph = module.graph

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from gpp.program.autocast import is_cast
 from gpp.program.traced import POSITION
 
 from .export import EXAMPLES, Exported
@@ -116,6 +117,9 @@ class _Measured(fx.Interpreter):
             result = super().run_node(node)
         if node.name in self.shared:
             self.shared[node.name] = result
+        if is_cast(node) and _storage(self.env[node.all_input_nodes[0]]) in self.state:
+            self.state.add(_storage(result))  # of a parameter: made once a step, no part of the stash
+            self.kept.append(result)
         return _shaped(cost, result) and result
 
 

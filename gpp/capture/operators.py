@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from gpp.graph import DTYPE_BYTES, ComputationGraph, Operator, Parameter, Work
 from gpp.graph import Tensor as Value
+from gpp.program.autocast import is_cast
 
 from .dependence import Dependence, Dependences
 from .export import EXAMPLES, Exported
@@ -125,6 +126,7 @@ def _operator(
         for used in node.all_input_nodes
         if used.name in exported.batch_keys
     }
+    casts = {c for node in members for c in _weights_of(node, exported)}
     forward, back_input, back_weight = _works(members, exported, facts, costs, trainable, reach, placeholders)
     saved = {k: v for node in members for k, v in costs[node.name].saved.items()}
     weight_stash = sum(
@@ -140,7 +142,7 @@ def _operator(
         outputs=tuple(_value(n, costs) for n in crossing),
         batch_keys=tuple(keys),
         parameters=tuple(Parameter(p, sizes[p], trainable[p]) for p in parameters),
-        buffer_bytes=sum(sizes[b] for b in buffers),
+        buffer_bytes=sum(sizes[b] for b in buffers) + int(sum(_bytes(c, costs) for c in casts)),
         forward=forward,
         backward_input=back_input,
         backward_weight=back_weight,
@@ -207,11 +209,15 @@ def _works(
 
     for node in members:
         cost = costs[node.name]
-        fixed = 0.0 if cost.rows else _state_bytes(reach[node.name], state)
+        casts = _weights_of(node, exported)
+        read = reach[node.name] - {s for cast in casts for s in reach[cast.name]}
+        fixed = _state_bytes(read, state) + sum(_bytes(cast, costs) for cast in casts)
+        fixed = 0.0 if cost.rows else fixed
         add(0, 1.0, cost, fixed)
         for used in node.all_input_nodes:  # tables are recomputed where they are read
-            if facts.kind[used.name] is Dependence.TABLE:
-                add(0, 1.0, costs[used.name], 0.0)
+            if facts.kind[used.name] is Dependence.TABLE and used not in casts:
+                table = costs[used.name]
+                add(0, 1.0, _copied(table) if is_cast(used) else table, table.bytes if is_cast(used) else 0.0)
         if not cost.requires_grad:
             continue
         learns = _learns(node, exported, trainable, reach)
@@ -226,6 +232,8 @@ def _works(
             totals[2][2] += _state_bytes(reach[node.name], state)
         elif learns:
             add(2, 1.0, cost, fixed)
+            for cast in casts:  # their gradients back to the parameters' own type
+                add(2, 1.0, _copied(costs[cast.name]), costs[cast.name].bytes)
     totals[2][2] += 3 * _state_bytes(learnt, state)  # gradient and sum are read, the sum is written
     totals[2][3] += len(learnt)
     return (
@@ -233,6 +241,17 @@ def _works(
         Work(*_per_sample(totals[1])),
         Work(*_per_sample(totals[2])),
     )
+
+
+def _weights_of(node: fx.Node, exported: Exported) -> list[fx.Node]:
+    """The parameters that a node reads in lower precision. They are made once a step, and kept."""
+    parameters = exported.parameters
+    return [u for u in node.all_input_nodes if is_cast(u) and u.all_input_nodes[0].name in parameters]
+
+
+def _copied(cost: NodeCost) -> NodeCost:
+    """A cast of a parameter: traffic, and nothing that grows with the samples."""
+    return NodeCost(bytes=cost.bytes, kernels=cost.kernels)
 
 
 def _per_sample(total: list[float]) -> tuple[float, float, float, int]:

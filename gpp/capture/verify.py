@@ -2,7 +2,8 @@
 
 It catches what export drops in silence: the backward of a custom autograd.Function, hooks,
 `torch.utils.checkpoint` with side effects. Nothing is drawn at random: both sides keep every element that a
-dropout would drop (scaled as if it were drawn).
+dropout would drop (scaled as if it were drawn). Both run in the module's own precision, autocast's casts
+taken out: half of the digits would hide what is looked for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpp.program.autocast import without_casts
 from gpp.program.carve import carve, interface
 from gpp.program.random import RESOLUTION, keyed_bernoulli, keyed_exponential, keyed_normal, keyed_uniform
 from gpp.program.stage import TermSum
 
 from .capture import Captured
-from .export import CaptureError
+from .export import CaptureError, parts_of
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -71,8 +73,7 @@ def _eager(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Values, Value
         model.train()
         with torch.enable_grad(), _Undrawn():  # type: ignore[no-untyped-call]
             returned = model(**{k: v.clone() for k, v in batch.items()})
-            pair = isinstance(returned, tuple | list) and len(returned) == 2 and isinstance(returned[1], dict)
-            loss, metrics = returned if pair else (returned, {})
+            loss, metrics, _ = parts_of(returned)
             _ratio(loss).backward()  # type: ignore[no-untyped-call]
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         values = {"loss": _ratio(loss).detach()}
@@ -106,7 +107,7 @@ def _graph(
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     size = len(next(iter(batch.values())))
     device = next(iter(parameters.values())).device
-    forward = carve(mode, operators, size, list(parameters), list(buffers), device=device)
+    forward = without_casts(carve(mode, operators, size, list(parameters), list(buffers), device=device))
     keys = [batch[k].clone() for k in face.batch_keys]
     position = torch.zeros(2, dtype=torch.int64, device=device)
     with torch.enable_grad(), _AllKept():  # type: ignore[no-untyped-call]

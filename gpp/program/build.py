@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from gpp.plan import Edge, Plan, StageGraph
 
+from .accumulate import with_sums
 from .carve import Interface, ProgramError, carve, example_inputs, interface, value_spec
 from .halves import Halves, cut
 from .joint import trace_joint
@@ -25,6 +26,7 @@ from .stage import (
     ValueSpec,
 )
 from .traced import TracedMode, TracedModel
+from .weights import WeightCast, completed, weight_casts, with_weight_casts
 
 Fuse = Callable[[fx.GraphModule], fx.GraphModule]
 Compile = Callable[[fx.GraphModule], Callable[..., Any]]
@@ -208,6 +210,7 @@ def _functions(
         sends=tuple(port(i) for i, e in enumerate(edges) if e.source == index),
         terms=face.terms,
         sizes=sizes,
+        predictions=face.predictions,
     )
 
 
@@ -247,8 +250,10 @@ class _Builder:
         count = len(self.parameters)
         outputs = _specs(mode, face.outputs)
         first_input = count + len(self.buffers)
+        forward = self.forward_graph(mode, size)
+        casts = weight_casts(forward, count)
         joint = trace_joint(
-            self.forward_graph(mode, size),
+            forward,
             self.examples(mode, face, size),
             learning=[i for i, p in enumerate(self.parameters) if self.traced.trainable[p]],
             flowing=[first_input + i for i, s in enumerate(_specs(mode, face.inputs)) if s.needs_grad],
@@ -261,7 +266,15 @@ class _Builder:
         )
         flowing = [s for s in _specs(mode, face.inputs) if s.needs_grad]
         functions = _train_functions(
-            cut(joint, count), self.hooks.compile, len(outputs), len(face.terms), flowing, size, self.device
+            cut(with_weight_casts(joint, count, casts), count + len(casts)),
+            self.hooks.compile,
+            count,
+            casts,
+            len(outputs),
+            len(face.terms),
+            flowing,
+            size,
+            self.device,
         )
         if self.hooks.warm_up:
             with torch.no_grad():
@@ -271,7 +284,9 @@ class _Builder:
                 ]
                 state = [torch.zeros_like(v) for v in self.examples(mode, face, size)[:count]]
                 back = functions.backward_input(state, list(made.stash), tangents)
-                functions.backward_weight(state, list(back.stash))
+                learning = [self.traced.trainable[p] for p in self.parameters]
+                sums = [torch.zeros_like(v) for v, t in zip(state, learning, strict=False) if t]
+                functions.backward_weight(state, list(back.stash), sums)
         return functions
 
     def called(
@@ -285,6 +300,7 @@ class _Builder:
     def evaluate(self, face: Interface, size: int) -> TrainFunctions:
         run = self.hooks.compile(self.forward_graph(self.traced.evaluate, size))
         outputs = len(face.outputs)
+        terms = outputs + len(face.terms)
 
         def forward(
             parameters: Sequence[Tensor],
@@ -292,8 +308,8 @@ class _Builder:
             inputs: Sequence[Tensor],
             position: Tensor,
         ) -> ForwardResult:
-            results = run(*parameters, *buffers, *inputs, position)
-            return ForwardResult(results[:outputs], results[outputs:], ())
+            results = run(*parameters[: len(self.parameters)], *buffers, *inputs, position)
+            return ForwardResult(results[:outputs], results[outputs:terms], (), results[terms:])
 
         functions = TrainFunctions(forward, _no_backward, _no_backward)
         if self.hooks.warm_up:
@@ -309,6 +325,8 @@ def _no_backward(*_: Any) -> Any:
 def _train_functions(
     halves: Halves,
     compile_: Compile,
+    count: int,
+    casts: tuple[WeightCast, ...],
     outputs: int,
     terms: int,
     flowing: list[ValueSpec],
@@ -317,19 +335,20 @@ def _train_functions(
 ) -> TrainFunctions:
     run_forward = compile_(halves.forward)
     run_input = compile_(halves.backward_input)
-    run_weight = compile_(halves.backward_weight)
+    weight_half, reached = with_sums(halves.backward_weight, count + len(casts))
+    run_weight = compile_(weight_half)
     results, gradients = halves.results, halves.gradients
 
     def forward(
         parameters: Sequence[Tensor], buffers: Sequence[Tensor], inputs: Sequence[Tensor], position: Tensor
     ) -> ForwardResult:
-        made = run_forward(*parameters, *buffers, *inputs, position)
+        made = run_forward(*completed(parameters, count, casts), *buffers, *inputs, position)
         return ForwardResult(made[:outputs], made[outputs:results], made[results:])
 
     def backward_input(
         parameters: Sequence[Tensor], stash: list[Tensor], tangents: Sequence[Tensor]
     ) -> BackwardInputResult:
-        arguments = [*parameters, *stash, *tangents]
+        arguments = [*completed(parameters, count, casts), *stash, *tangents]
         stash.clear()
         made = run_input(arguments)
         found = [
@@ -338,10 +357,13 @@ def _train_functions(
         ]
         return BackwardInputResult(found, made[gradients:])
 
-    def backward_weight(parameters: Sequence[Tensor], stash: list[Tensor]) -> Sequence[Tensor | None]:
-        arguments = [*parameters, *stash]
+    def backward_weight(
+        parameters: Sequence[Tensor], stash: list[Tensor], sums: Sequence[Tensor]
+    ) -> Sequence[bool]:
+        totals = [total for total, is_reached in zip(sums, reached, strict=True) if is_reached]
+        arguments = [*completed(parameters, count, casts), *totals, *stash]
         stash.clear()
-        made: Sequence[Tensor | None] = run_weight(arguments)
-        return made
+        run_weight(arguments)
+        return reached
 
-    return TrainFunctions(forward, backward_input, backward_weight)
+    return TrainFunctions(forward, backward_input, backward_weight, casts)

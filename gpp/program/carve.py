@@ -28,6 +28,7 @@ class Interface:
     batch_keys: tuple[str, ...]
     outputs: tuple[str, ...]
     terms: tuple[str, ...]
+    predictions: tuple[str, ...] = ()
 
 
 def interface(mode: TracedMode, operators: Iterable[str]) -> Interface:
@@ -53,7 +54,10 @@ def interface(mode: TracedMode, operators: Iterable[str]) -> Interface:
         if mode.operator_of.get(node.name) in chosen and not readers <= chosen:
             outputs[node.name] = None
     terms = tuple(name for name, node in mode.terms.items() if node in own)
-    return Interface(tuple(parameters), tuple(buffers), tuple(inputs), tuple(keys), tuple(outputs), terms)
+    wanted = tuple(name for name, node in mode.predictions.items() if node in own)
+    return Interface(
+        tuple(parameters), tuple(buffers), tuple(inputs), tuple(keys), tuple(outputs), terms, wanted
+    )
 
 
 def _needed(mode: TracedMode, chosen: frozenset[str]) -> tuple[set[str], set[str]]:
@@ -92,7 +96,7 @@ def carve(
     """The forward graph of a stage for `size` samples.
 
     Arguments: parameters, buffers (in the orders given), inputs, batch keys, position; returns outputs, then
-    terms, in the orders of `interface`.
+    terms and predictions, in the orders of `interface`.
     """
     chosen = frozenset(operators)
     face = interface(mode, chosen)
@@ -133,7 +137,12 @@ def carve(
             made[node] = _number(node, mode, size)
         elif node.op == "call_function":
             made[node] = graph.node_copy(node, lambda n: _argument(n, made))
-    graph.output(tuple(made[nodes[n]] for n in (*face.outputs, *(mode.terms[t] for t in face.terms))))
+    results = (
+        *face.outputs,
+        *(mode.terms[t] for t in face.terms),
+        *(mode.predictions[p] for p in face.predictions),
+    )
+    graph.output(tuple(made[nodes[n]] for n in results))
     module = fx.GraphModule(root, move_factories(graph, device))
     module.recompile()
     return module

@@ -2,7 +2,7 @@
 
 forward: what its results need. Input half: what the inputs' gradients need besides. Weight half: the rest.
 What crosses a cut is the stash; views and constants are recomputed from their base, so the stash counts no
-storage twice, and parameters are handed in again.
+storage twice; parameters are handed in again, and what is cast of them is cast again.
 """
 
 import operator
@@ -173,7 +173,7 @@ def _crossing(
         node = queue.pop()
         if node in held or node in stash or node in repeated or node in half:
             continue
-        if _is_free(node) and (node not in updates or _is_view(node)):
+        if (_is_free(node) or _is_cast_of(node, held)) and (node not in updates or _is_view(node)):
             repeated.add(node)
             queue += node.all_input_nodes
         else:
@@ -192,6 +192,17 @@ def _is_free(node: fx.Node) -> bool:
     if _is_view(node):
         return True
     return not node.all_input_nodes and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _is_cast_of(node: fx.Node, held: set[fx.Node]) -> bool:
+    """A parameter, or a view of one, in another data type: a copy for each micro-batch in flight would be
+    dearer than the cast."""
+    if node.target is not torch.ops.aten._to_copy.default:
+        return False
+    source = node.args[0]
+    while isinstance(source, fx.Node) and _is_view(source):
+        source = source.args[0]
+    return source in held
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .weights import WeightCast
+
 
 @dataclass(frozen=True, slots=True)
 class ValueSpec:
@@ -39,11 +41,13 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
-    """`outputs` follow StageFunctions.outputs, `terms` StageFunctions.terms (0-dim tensors)."""
+    """`outputs` follow StageFunctions.outputs, `terms` StageFunctions.terms (0-dim tensors), `predictions`
+    StageFunctions.predictions."""
 
     outputs: Sequence[Tensor]
     terms: Sequence[Tensor]
     stash: Sequence[Tensor]
+    predictions: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,15 @@ class TrainFunctions:
     `inputs` = received values in StageFunctions.inputs' order, then batch keys in StageFunctions.batch_keys'
     order; `position` = int64 tensor (step, first sample). Mutates batch-norm buffers in place.
     `backward_input(parameters, stash, gradients)`: `gradients` of the outputs that need one, in order. The
-    stash list is emptied. `backward_weight(parameters, stash)` returns gradients of the trainable parameters
-    in order, None for those that the loss does not reach.
+    stash list is emptied. `backward_weight(parameters, stash, sums)` adds each trainable parameter's
+    gradient to its sum, in order, as soon as it is there; it returns which of them the loss reaches.
+    `parameters` are the stage's, or these and behind them what `casts` says: each call then need not make it.
     """
 
     forward: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], ForwardResult]
     backward_input: Callable[[Sequence[Tensor], list[Tensor], Sequence[Tensor]], BackwardInputResult]
-    backward_weight: Callable[[Sequence[Tensor], list[Tensor]], Sequence[Tensor | None]]
+    backward_weight: Callable[[Sequence[Tensor], list[Tensor], Sequence[Tensor]], Sequence[bool]]
+    casts: tuple[WeightCast, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,8 @@ class StageFunctions:
     """A stage in one mode (training or evaluation): its layout, and its functions by size.
 
     `inputs` and `outputs` are distinct values (one output may go along several edges); `receives` and `sends`
-    say which edge carries which. `terms` name the scalars of this stage that rank 0 combines.
+    say which edge carries which. `terms` name the scalars of this stage that rank 0 combines, `predictions`
+    (in evaluation) its values for each sample that rank 0 may ask for.
     """
 
     inputs: tuple[ValueSpec, ...]
@@ -86,6 +93,7 @@ class StageFunctions:
     sends: tuple[Port, ...]
     terms: tuple[str, ...]
     sizes: Mapping[int, TrainFunctions]
+    predictions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,12 @@ class StageProgram:
     buffers: tuple[str, ...]
     train: StageFunctions
     evaluate: StageFunctions
+
+    @property
+    def casts(self) -> tuple[WeightCast, ...]:
+        """Parameters in lower precision that every call takes, of any size; an update makes them anew."""
+        found = {functions.casts for functions in self.train.sizes.values()}
+        return found.pop() if len(found) == 1 else ()
 
 
 @dataclass(frozen=True, slots=True)

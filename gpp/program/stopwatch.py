@@ -73,6 +73,7 @@ def _rounds(
     sums = [
         torch.zeros_like(v) for v, n in zip(parameters, face.parameters, strict=True) if traced.trainable[n]
     ]
+    parameters += [cast.of(parameters) for cast in functions.casts]
     tangents: list[Tensor] = []
 
     def call() -> list[float]:
@@ -86,11 +87,7 @@ def _rounds(
         del made
         back = functions.backward_input(parameters, stash, tangents)
         marks.append(_mark(device))
-        for total, gradient in zip(
-            sums, functions.backward_weight(parameters, list(back.stash)), strict=True
-        ):
-            if gradient is not None:
-                total.add_(gradient)
+        functions.backward_weight(parameters, list(back.stash), sums)
         marks.append(_mark(device))
         return _between(marks)
 

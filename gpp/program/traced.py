@@ -4,7 +4,7 @@ Nodes are named as in the graph. Per-sample values have the samples in dimension
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ class TracedMode:
     not part of a scalar tail; tables and sizes are in none and are recomputed wherever they are needed.
     `attached` lists buffer updates without a batch input (counters), by operator. `boundary` are the nodes
     that other operators read, `needs_grad` those of all nodes that carry a gradient. `terms` maps a term's
-    name to its node.
+    name to its node, `predictions` (of evaluation) that of a value for each sample that the user wants.
     """
 
     module: torch.fx.GraphModule
@@ -42,6 +42,7 @@ class TracedMode:
     boundary: frozenset[str]
     needs_grad: frozenset[str]
     terms: Mapping[str, str]
+    predictions: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def nodes(self) -> dict[str, torch.fx.Node]:

@@ -32,7 +32,7 @@ from gpp.topology import Link
 
 from .communicator import Communicator
 from .data import Batches
-from .reduce import slot_sum
+from .reduce import Slots
 from .schedules import Schedules, call_sizes
 from .trainer import StepRecord, Trainer
 
@@ -96,18 +96,20 @@ class EmulatedState:
     seconds: float  # of the update
     arguments: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
     buffer_arguments: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
+    sums: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
+    slots: Slots = field(default_factory=Slots)
 
-    def accumulate(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
-        """There is nothing to add."""
+    def reach(self, stage: int, found: Sequence[bool]) -> None:
+        """There is nothing to remember."""
 
     def reduce(self, comm: Communicator, group: tuple[int, ...], stage: int, shared: int) -> None:
         """Meet the group, then wait."""
-        slot_sum(comm, group, [0.0])
+        self.slots.gather(comm, group, [0.0])
         wait(self.reductions[stage, shared])
 
     def gather_norms(self, comm: Communicator, group: tuple[int, ...]) -> None:
         """Meet the group."""
-        slot_sum(comm, group, [0.0])
+        self.slots.gather(comm, group, [0.0])
 
     def scale(self, weight: float) -> None:
         """There is nothing to divide."""
@@ -132,6 +134,7 @@ def emulated_state(plan: Plan, schedule: Schedule, rank: int) -> EmulatedState |
         plan,
         {(i.stage, i.shared): reduce_seconds(plan, i) for i in meetings if i.what is Reduction.GRADIENTS},
         sum(stages[s].seconds.update for s in residents),
+        {s: () for s in residents},
         {s: () for s in residents},
         {s: () for s in residents},
     )
@@ -193,7 +196,7 @@ def _timed(
         wait(back)
         return BackwardInputResult(gradients, ())
 
-    def backward_weight(*_: object) -> Sequence[Tensor | None]:
+    def backward_weight(*_: object) -> Sequence[bool]:
         late = time.perf_counter() - due  # of one pass in one go the timer is late once, not twice
         wait(weight - late if late < AT_ONCE else weight)
         return ()

@@ -19,8 +19,12 @@ class RankState(Protocol):
     def buffer_arguments(self) -> Mapping[int, Sequence[Tensor]]:
         """By stage, the buffers that its functions take."""
 
-    def accumulate(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
-        """Add one micro-batch's gradients."""
+    @property
+    def sums(self) -> Mapping[int, Sequence[Tensor]]:
+        """By stage, what the gradients of its trainable parameters are added to, in order."""
+
+    def reach(self, stage: int, found: Sequence[bool]) -> None:
+        """Which of these have had something added to them."""
 
     def reduce(self, comm: Communicator, group: tuple[int, ...], stage: int, shared: int) -> None:
         """Sum a stage's gradients, or those of a tied group, over `group`."""

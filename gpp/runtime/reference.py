@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gpp.program.carve import carve, interface
 from gpp.program.stage import Results
 from gpp.program.traced import TracedModel
 
 from .results import Total, combine
-from .state import MakeOptimizer
+from .state import MakeOptimizer, MakeScheduler
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Reference:
         values: Mapping[str, Tensor],
         make_optimizer: MakeOptimizer,
         max_norm: float | None = None,
+        scheduler: MakeScheduler | None = None,
+        ema: float | None = None,
     ) -> None:
         self.traced = traced
         self.roots = roots
@@ -54,7 +57,11 @@ class Reference:
         self.buffers = {
             name: value.detach().clone() for name, value in values.items() if name not in self.parameters
         }
-        self.optimizer = make_optimizer([(n, p) for n, p in self.parameters.items() if p.requires_grad])
+        learning = [(n, p) for n, p in self.parameters.items() if p.requires_grad]
+        self.optimizer = make_optimizer(learning)
+        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        self.average = get_ema_multi_avg_fn(ema) if ema is not None else None  # type: ignore[no-untyped-call]
+        self.averages = {n: p.detach().clone() for n, p in learning}
 
     def step(self, step: int, batch: Mapping[str, Tensor], micro_batch: int) -> ReferenceStep:
         """One optimizer step on a mini-batch."""
@@ -85,6 +92,11 @@ class Reference:
             learning = [p for p in self.parameters.values() if p.grad is not None]
             norm = float(torch.nn.utils.clip_grad_norm_(learning, self.max_norm))
         self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.average is not None:
+            live = [self.parameters[name].detach() for name in self.averages]
+            self.average(list(self.averages.values()), live, torch.tensor(0))
         metrics = {m.name: combine(m, terms, samples).mean for m in self.train_results.metrics}
         return ReferenceStep(loss.mean, metrics, gradients, norm)
 
@@ -122,4 +134,4 @@ class Reference:
         results = forward(
             *self.parameters.values(), *self.buffers.values(), *keys, torch.tensor([step, start])
         )
-        return dict(zip(face.terms, results, strict=True))
+        return dict(zip(face.terms, results, strict=False))  # predictions come behind the terms

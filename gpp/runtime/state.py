@@ -3,28 +3,33 @@
 Gradients live in flat buffers, one for each group of ranks that sums them, so a reduction needs no copy.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from gpp.plan import StageGraph
 from gpp.program.stage import StageProgram
 
 from .communicator import Communicator
-from .reduce import ordered_sum, slot_sum
-from .sharding import hand_round, share_out
+from .reduce import MakeSum, OrderedSum, Slots, Sum
+from .sharding import HandRound, share_out
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-
+MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 ABSENT = -1.0  # in place of the norm of a gradient that a rank does not have
 
 
 @dataclass(frozen=True)
 class Clipping:
-    """Clip by the global norm: `max_norm`, over all parameters in the order of `names` (the model's own)."""
+    """Clip by the global norm: `max_norm`, over all parameters in the order of `names` (the model's own).
+
+    An infinite `max_norm` clips nothing: the norm is only wanted."""
 
     max_norm: float
     names: tuple[str, ...]
@@ -36,6 +41,8 @@ class StageState:
     `arguments[stage]` and `buffer_arguments[stage]` are what the stage's functions take. Gradients of the
     micro-batches are summed, scaled by one over the loss weight, clipped, and handed to the optimizer: any
     class of torch.optim. `rank` is needed where the plan shares the optimizer's state out over replicas.
+    `scheduler` makes what changes the learning rates: on every rank, also where the stages learn nothing.
+    `ema` is the decay of the parameters' moving average, `averages`, which starts from the initial values.
     """
 
     def __init__(
@@ -46,6 +53,9 @@ class StageState:
         make_optimizer: MakeOptimizer,
         clipping: Clipping | None = None,
         rank: int = -1,
+        *,
+        scheduler: MakeScheduler | None = None,
+        ema: float | None = None,
     ) -> None:
         self.clipping = clipping
         learns = {
@@ -58,35 +68,56 @@ class StageState:
         }
         self.buffers = {name: values[name] for program in programs for name in program.buffers}
         data = {name: p.detach() for name, p in self.parameters.items()}
-        self.arguments = {p.stage: [data[name] for name in p.parameters] for p in programs}
+        # parameters in lower precision, for the stages that compute with them
+        wanted = {(p.parameters[c.position], c.dtype) for p in programs for c in p.casts}
+        self._casts = {(name, dtype): data[name].to(dtype) for name, dtype in wanted}
+        self.arguments = {
+            p.stage: [
+                *(data[name] for name in p.parameters),
+                *(self._casts[p.parameters[c.position], c.dtype] for c in p.casts),
+            ]
+            for p in programs
+        }
         self.buffer_arguments = {p.stage: [self.buffers[name] for name in p.buffers] for p in programs}
         self.learning = {p.stage: tuple(n for n in p.parameters if learns[n]) for p in programs}
         self.trainable = tuple(n for n, p in self.parameters.items() if p.requires_grad)
         self._flats = _flat_gradients(self, graph)
         self.gradients = {name: view for flat in self._flats.values() for name, view in flat.views.items()}
+        self.sums = {
+            stage: [self.gradients[name] for name in names] for stage, names in self.learning.items()
+        }
         self._reached: set[str] = {n for (k, _), f in self._flats.items() if k.shared >= 0 for n in f.views}
         self._norms: dict[str, float] | None = None
+        self.make_sum: MakeSum = OrderedSum  # of gradients, over replicas or tied copies
+        # what ranks exchange in every step, made in the first one
+        self._sums: dict[tuple[_Key, torch.dtype, tuple[int, ...]], Sum] = {}
+        self._slots = Slots()
+        self._hand_round: HandRound | None = None
+        self.norm: float | None = None
         self.sharding = share_out(graph, programs, values) if rank >= 0 else None
         owner = self.sharding.owner if self.sharding is not None else {}
         learning = [(name, self.parameters[name]) for name in self.trainable if owner.get(name, rank) == rank]
-        self.optimizer = make_optimizer(learning) if learning else None
+        self.optimizer = make_optimizer(learning or [("", nn.Parameter(torch.zeros(1, 1)))])
+        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        self.ema = ema
+        self.averages = {n: data[n].clone() for n in self.trainable} if ema is not None else {}
 
-    def accumulate(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
-        """Add one micro-batch's gradients, in the order of the stage's trainable parameters."""
-        for name, gradient in zip(self.learning[stage], gradients, strict=True):
-            if gradient is not None:
-                self.gradients[name].add_(gradient)
-                self._reached.add(name)
+    def reach(self, stage: int, found: Sequence[bool]) -> None:
+        """Which of the stage's trainable parameters have had a gradient added to their sums; the others are
+        left alone by the optimizer."""
+        self._reached.update(
+            name for name, is_reached in zip(self.learning[stage], found, strict=True) if is_reached
+        )
 
     def reduce(self, comm: Communicator, group: tuple[int, ...], stage: int, shared: int) -> None:
         """Sum a stage's untied gradients (shared = -1) or one tied group's over `group`."""
         wanted = _Key(shared) if shared >= 0 else _Key(stage=stage)
-        for (key, _), flat in self._flats.items():
+        for (key, dtype), flat in self._flats.items():
             if key == wanted:
-                host = flat.memory.cpu()  # the same tensor on a CPU: messages lie in host memory
-                ordered_sum(comm, group, host)
-                if host is not flat.memory:
-                    flat.memory.copy_(host)
+                made = (key, dtype, group)
+                if made not in self._sums:
+                    self._sums[made] = self.make_sum(comm, group, flat.memory)
+                self._sums[made].run()
 
     def scale(self, weight: float) -> None:
         """Divide the summed gradients by the loss weight."""
@@ -106,41 +137,89 @@ class StageState:
         assert self.clipping is not None
         mine = self.norms()
         slots = [mine.get(name, ABSENT) for name in self.clipping.names]
-        gathered = slot_sum(comm, group, slots)
+        gathered = self._slots.gather(comm, group, slots)
         self._norms = {}
         for name, column in zip(self.clipping.names, zip(*gathered, strict=True), strict=True):
             owned = [norm for norm in column if norm != ABSENT]  # not a number counts: it must not be hidden
             if owned:
                 self._norms[name] = owned[0]
+        self.norm = float(self._total(self._norms))
 
     def update(self) -> float | None:
         """Clip, step, and clear the gradients. Returns the global norm if it was asked for."""
-        norm = self._clip() if self.clipping is not None else None
+        if self.clipping is not None:
+            self._clip(self.clipping.max_norm)
         for name, parameter in self.parameters.items():
             parameter.grad = self.gradients[name] if name in self._reached else None
-        if self.optimizer is not None:
-            with torch.enable_grad():
-                self.optimizer.step()
+        with torch.enable_grad():
+            self.optimizer.step()
         for flat in self._flats.values():
             flat.memory.zero_()
-        return norm
+        return self.norm
 
     def spread(self, comm: Communicator) -> None:
-        """After an update: what each replica has updated alone goes to the others."""
+        """After an update: what each replica has updated alone goes to the others, and all go into the
+        moving average and into the copies in lower precision."""
         if self.sharding is not None:
-            hand_round(comm, self.sharding, self.parameters)
+            if self._hand_round is None:
+                self._hand_round = HandRound(comm, self.sharding, self.parameters)
+            self._hand_round.run()
+        if self.ema is not None:
+            for name, average in self.averages.items():
+                average.lerp_(self.parameters[name].detach(), 1 - self.ema)
+        self.renew_casts()
 
-    def _clip(self) -> float:
+    def renew_casts(self) -> None:
+        """The copies in lower precision anew: to be called by whoever has written to the parameters."""
+        for (name, _), copy in self._casts.items():
+            copy.copy_(self.parameters[name].detach())
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the first group of parameters; the same on every rank."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def advance(self) -> None:
+        """The end of a step: the next one's learning rates. To be called on every rank."""
+        if self.scheduler is not None:
+            if not self.trainable:  # no update has stepped it, and the scheduler would warn of that
+                self.optimizer.step()  # its one parameter has no gradient
+            self.scheduler.step()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters have the values of their moving averages."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        with torch.no_grad():
+            for name, average in self.averages.items():
+                parameter = self.parameters[name].detach()
+                kept = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+
+    def _clip(self, max_norm: float) -> None:
         """As torch.nn.utils.clip_grad_norm_ does it on one device, to the bit."""
-        assert self.clipping is not None
-        norms = self._norms if self._norms is not None else self.norms()
+        total = self._total(self._norms if self._norms is not None else self.norms())
         self._norms = None
-        found = [norms[name] for name in self.clipping.names if name in norms]
-        total = torch.linalg.vector_norm(torch.tensor(found, dtype=self._dtype()))
-        coefficient = torch.clamp(self.clipping.max_norm / (total + 1e-6), max=1.0)
+        self.norm = float(total)
+        if math.isinf(max_norm):
+            return
+        coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for flat in self._flats.values():
             flat.memory.mul_(coefficient.to(flat.memory.device))
-        return float(total)
+
+    def _total(self, norms: Mapping[str, float]) -> Tensor:
+        """The global norm, from the parameters' own in the model's order."""
+        assert self.clipping is not None
+        found = [norms[name] for name in self.clipping.names if name in norms]
+        total: Tensor = torch.linalg.vector_norm(torch.tensor(found, dtype=self._dtype()))
+        return total
 
     def _dtype(self) -> torch.dtype:
         return next((f.memory.dtype for f in self._flats.values()), torch.float32)

@@ -5,6 +5,10 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from launch.optimizers import OptimizerMaker, optimizer_maker
 
 from . import models
 
@@ -17,8 +21,13 @@ class Case:
     held beyond the rule's; `recompute` lists stages that run their forward again; with
     `shard` replicas share the optimizer's state out; stages with the same number in `slots` share devices.
 
+    `accumulate` mini-batches go through the pipeline before an update; `groups` are patterns on names with
+    learning rates, `undecayed` kinds without weight decay; `scheduler`: the rates change; `ema` is the decay
+    of the weights' moving average; the weights below `pretrained` come from a file, those that match `freeze`
+    do not learn; `precision` "bf16" runs under autocast.
+
     `exact`: sums are in the reference's order, so float32 must be equal to the bit; else the run is in
-    float64 and must agree to 1e-10.
+    float64 and must agree to 1e-10. Autocast leaves float64 alone: there it is float32, to 1e-5.
     """
 
     name: str
@@ -37,6 +46,19 @@ class Case:
     recompute: tuple[int, ...] = ()
     shard: bool = False
     slots: tuple[int, ...] = ()
+    precision: str = "fp32"
+    accumulate: int = 1
+    groups: tuple[tuple[str, float], ...] = ()
+    undecayed: tuple[str, ...] = ()
+    scheduler: bool = False
+    ema: float | None = None
+    pretrained: str = ""
+    freeze: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Of a step."""
+        return self.mini_batch * self.accumulate
 
     @property
     def ranks(self) -> int:
@@ -47,7 +69,23 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self.exact else torch.float64
+        return torch.float32 if self.exact or self.precision == "bf16" else torch.float64
+
+    @property
+    def bound(self) -> float:
+        """Where sums are in another order than the reference's; under autocast they are float32."""
+        return 1e-10 if self.dtype == torch.float64 else 1e-5
+
+    @property
+    def call(self) -> int:
+        """Samples of one call of the reference: other kernels serve other sizes, and round otherwise."""
+        same = self.precision == "bf16" and len(set(self.replicas)) == 1
+        return self.micro_batch // (self.replicas[0] if same else 1)
+
+    @property
+    def rounding(self) -> float:
+        """Of an evaluation, whose calls may have other sizes than the reference's."""
+        return 1e-6 if self.precision == "fp32" else 1e-3
 
     def make_optimizer(self, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         parameters = [p for _, p in named]
@@ -57,6 +95,23 @@ class Case:
             "rmsprop": partial(torch.optim.RMSprop, lr=0.01),
         }
         return kinds[self.optimizer](parameters)
+
+    @property
+    def grouped(self) -> OptimizerMaker:
+        """`groups` are patterns with their learning rates."""
+        return optimizer_maker(
+            {
+                "_target_": "torch.optim.AdamW",
+                "lr": 0.01,
+                "weight_decay": 0.5,
+                "groups": [{"pattern": pattern, "lr": rate} for pattern, rate in self.groups],
+                "no_decay": list(self.undecayed),
+            }
+        )
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        first = lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=2)
+        return lr_scheduler.ChainedScheduler([first, lr_scheduler.StepLR(optimizer, 1, gamma=0.5)])
 
 
 _FOUR = (("a",), ("b",), ("c",), ("",))
@@ -189,4 +244,49 @@ CASES = (
     Case("drugs", models.Drugs, (("towers.a",), ("towers.b",), ("towers.c",), ("",))),
     Case("data-parallel", models.Chain, (("",),), replicas=(2,), exact=False),
     Case("diamond-replicas", models.Diamond, _FOUR, replicas=(1, 2, 1, 2), exact=False),
+    Case("accumulated", models.Chain, _FOUR, accumulate=3),
+    Case("accumulated-pair", models.Padded, _THREE, accumulate=2, clip=0.05),
+    Case("accumulated-tied-replicas", models.Tied, _THREE, replicas=(2, 1, 1), accumulate=2, exact=False),
+    Case("ema", models.TwoTowers, _THREE, ema=0.9),
+    Case("ema-tied", models.Tied, _THREE, micro_batch=8, ema=0.9),
+    Case("ema-batch-norm", models.BatchNorm, (("a",), ("norm", "b"), ("",)), ema=0.5),
+    Case("ema-sharded", models.Diamond, _FOUR, replicas=(1, 2, 1, 2), shard=True, ema=0.9, exact=False),
+    Case("groups", models.Chain, _FOUR, groups=(("d.*", 0.1), ("*.bias", 0.03), ("d.bias", 9.0))),
+    Case(
+        "groups-sharded", models.Diamond, _FOUR, replicas=(1, 2, 1, 2), exact=False, shard=True,
+        groups=(("b.*", 0.1),), undecayed=("biases",),
+    ),
+    Case("groups-of-one-stage", models.Encoder, _FOUR, groups=(("c.*", 0.1),), undecayed=("norms",)),
+    Case("scheduler", models.TwoTowers, _THREE, scheduler=True, optimizer="sgd"),
+    Case("scheduler-groups-ema", models.Diamond, _FOUR, scheduler=True, groups=(("b.*", 0.1),), ema=0.9),
+    Case("pretrained", models.TwoTowers, _THREE, pretrained="a."),
+    Case(
+        "pretrained-frozen", models.TwoTowers, _THREE,
+        pretrained="a.", freeze=("a.*",), scheduler=True, clip=0.05,
+    ),
+    Case("pretrained-frozen-within", models.Chain, _FOUR, pretrained="b.", freeze=("b.*",), ema=0.9),
+    Case("bf16-one-stage", models.Chain, (("",),), precision="bf16"),
+    Case("bf16-chain", models.Chain, _FOUR, precision="bf16", clip=0.05),
+    Case("bf16-zero-bubble", models.Chain, _FOUR, precision="bf16", policy="zero-bubble", lags=(0, 1, 2, 1)),
+    Case("bf16-recompute", models.Dropout, _THREE, precision="bf16", recompute=(0, 1)),
+    Case("bf16-two-towers", models.TwoTowers, _THREE, precision="bf16", ema=0.9),
+    Case("bf16-diamond", models.Diamond, _FOUR, precision="bf16", accumulate=2),
+    Case("bf16-skip", models.Skip, _THREE, precision="bf16"),
+    Case("bf16-fan-out", models.FanOut, (("a",), ("b",), ("c", "d"), ("",)), precision="bf16"),
+    Case("bf16-encoder", models.Encoder, _FOUR, precision="bf16"),
+    Case(
+        "bf16-encoder-fine", models.Encoder, (("a", "b.self"), ("b",), ("c.self",), ("",)), precision="bf16"
+    ),
+    Case("bf16-batch-norm", models.BatchNorm, (("a",), ("norm", "b"), ("",)), precision="bf16"),
+    Case("bf16-padded", models.Padded, _THREE, precision="bf16"),
+    Case("bf16-two-heads", models.TwoHeads, _THREE, precision="bf16"),
+    Case("bf16-tied", models.Tied, _THREE, precision="bf16", micro_batch=8),
+    Case("bf16-tied-on-one-device", models.Tied, _THREE, precision="bf16", micro_batch=8, slots=(0, 1, 0)),
+    Case("bf16-frozen", models.Frozen, _FOUR, precision="bf16"),
+    Case("bf16-table", models.Table, _THREE, precision="bf16", micro_batch=8),
+    Case(
+        "bf16-data-parallel", models.Chain, (("",),),
+        replicas=(2,), precision="bf16", exact=False, optimizer="sgd", shard=True,
+    ),
+    Case("bf16-clicks", models.Clicks, (("towers.0",), ("towers.1",), ("bags",), ("",)), precision="bf16"),
 )  # fmt: skip

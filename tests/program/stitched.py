@@ -99,9 +99,10 @@ def run_stages(
         ):
             arrived[spec.name].append(gradient.contiguous())
         learning = [n for n, t in zip(stage.parameters, stage.trainable, strict=True) if t]
-        weights = functions.backward_weight(_parameters(stage, values), list(back.stash))
-        for name, gradient in zip(learning, weights, strict=True):
-            if gradient is not None:
+        sums = [torch.zeros_like(values[name]) for name in learning]
+        reached = functions.backward_weight(_parameters(stage, values), list(back.stash), sums)
+        for name, gradient, is_reached in zip(learning, sums, reached, strict=True):
+            if is_reached:
                 found[name].append(gradient)
     ran.gradients = {n: _sum(gs, gs[0]) for n, gs in found.items()}
     return ran
