@@ -38,11 +38,6 @@ class Chain:
     forward: float
     bytes: int
 
-    @property
-    def ideal(self) -> float:
-        """Seconds of a step without any cost but the passes: (M + P - 1)(F + B)."""
-        return (self.micro_batches + self.ranks - 1) * 3 * self.forward
-
     def plan(self) -> Plan:
         """For gpp."""
         return with_messages(paced(chain(self.ranks), self.micro_batches, unit=self.forward), self.bytes)

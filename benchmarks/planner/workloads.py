@@ -45,7 +45,8 @@ class Workload:
 
 def clustered(name: str, devices: int, memory: float | None = None) -> DeviceTopology:
     """A cluster of the configuration with so many devices."""
-    config = OmegaConf.create({"cluster": OmegaConf.load(CONF / "cluster" / f"{name}.yaml")})
+    chosen = {"cluster": name, "precision": "fp32"}
+    config = OmegaConf.create({k: OmegaConf.load(CONF / k / f"{v}.yaml") for k, v in chosen.items()})
     found = topology(config, devices, None)
     if memory is None:
         return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planner import __main__ as command
+from benchmarks.command import run
 from benchmarks.planner.answers import against, piper_answers
 from benchmarks.planner.bottleneck import against_piper
 from benchmarks.planner.gains import CHOICES, gaps, over_graphpipe
@@ -206,18 +206,14 @@ def test_results_of_several_runs_come_together(tmp_path: Path) -> None:
     assert {"processor", "cores", "python", "numpy", "date"} <= set(both["sections"][0]["machine"])
 
 
-def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section = unmeasured("gains", "what", "reach", "measured")
-    monkeypatch.setattr(
-        command, "sections", lambda runs: {"gains": lambda: section, "import": lambda: section}
-    )
-    command.main(["gains", "--out", str(tmp_path)])
+    known = {"gains": lambda: section, "import": lambda: section}
+    run("planner", "The planners, measured", known, ["gains", "--out", str(tmp_path)])
     assert "== gains: what" in capsys.readouterr().out
     assert (tmp_path / "planner.md").read_text().startswith("# The planners, measured")
     with pytest.raises(SystemExit):
-        command.main(["nowhere"])
+        run("planner", "The planners, measured", known, ["nowhere"])
     assert "there is no section nowhere; there are gains, import" in capsys.readouterr().err
 
 
