@@ -135,3 +135,21 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
     return "  ".join([first, *rest]).rstrip()
+
+
+def memory_table(plan: Plan) -> str:
+    """A row for every stage: what it needs on each of its devices by the memory model, and what each has."""
+    head = (
+        *("stage", "devices", "parameters", "gradients", "optimizer", "buffers", "stash", "messages"),
+        *("together", "device has"),
+    )
+    rows = []
+    for index, stage in enumerate(plan.stage_graph.stages):
+        need = stage_memory(plan.stage_graph, index, clocked=plan.clocked)
+        parts = (need.parameters, need.gradients, need.optimizer, need.buffers, need.stash, need.messages)
+        has = min(plan.topology.devices[device].memory for device in stage.devices)
+        sizes = map(readable_bytes, (*parts, need.total, has))
+        rows.append((stage.name, device_ranges(stage.devices), *sizes))
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
+    return "\n".join([*lines, *(_line(row, widths) for row in rows)]) + "\n"

@@ -11,8 +11,7 @@ from typing import TypeVar
 from gpp.plan import Plan, PlanError, check_plan
 from gpp.plan_table import readable_bytes, readable_seconds
 from gpp.planner.estimate import Group, Problem, assemble, estimated, peak_memory
-
-from .planners import planned
+from gpp.planner.named import planned
 
 T = TypeVar("T")
 

@@ -15,16 +15,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gpp.runtime.environment import TRACEBACK
+
 if TYPE_CHECKING:
     from gpp.runtime.communicator import Communicator
 
 T = TypeVar("T")
 
-TRACEBACK = "GPP_TRACEBACK"  # a variable of the environment: show the traceback of every error
-
 # What a user can mend; anything else is a fault of this program and shows its traceback.
 _EXPECTED = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
-_EXPECTED_NAMES = ("DisagreementError", "CommunicationError")  # by name: importing them would import torch
+# By name, since importing them would import torch.
+_EXPECTED_NAMES = ("DisagreementError", "CommunicationError", "DeviceMemoryError")
 
 # Lines of Hydra's messages that say nothing about the mistake.
 _NOISE = ("Config search path", "provider=", "full_key:", "object_type=", "See https://hydra.cc")

@@ -1,4 +1,4 @@
-"""The user's model, data and optimizer from the configuration's `_target_`s."""
+"""The user's model and data, and what any `_target_` of the configuration names."""
 
 import importlib
 import inspect
@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -14,7 +13,7 @@ from torch import nn
 
 from gpp.runtime.data import Dataset
 from gpp.runtime.map_style import adapt
-from gpp.runtime.state import MakeOptimizer
+from gpp.runtime.padding import pads
 
 from .settings import SettingsError
 
@@ -43,7 +42,7 @@ def model_builder(arguments: Arguments) -> Callable[[], nn.Module]:
     """A function that builds the model. Raises SettingsError for what cannot be found or built."""
 
     def build() -> nn.Module:
-        model = _make(arguments, "model")
+        model = make_object(arguments, "model")
         if not isinstance(model, nn.Module):
             kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
             raise SettingsError(f"model._target_={arguments['_target_']} is not an nn.Module but {kind}")
@@ -55,44 +54,16 @@ def model_builder(arguments: Arguments) -> Callable[[], nn.Module]:
 def dataset(arguments: Arguments, model: nn.Module) -> Dataset:
     """The data set; one of torch's map-style data sets is adapted to the arguments of the model's `forward`.
 
-    `data.keys` chooses among its keys, or names the items of its tuples.
+    `data.keys` chooses among its keys, or names the items of its tuples; `data.pad` brings sequences to one
+    length, see `gpp.runtime.padding.pads`.
     """
     keys = arguments.get("keys") or ()
     if isinstance(keys, str) or not isinstance(keys, Sequence):
         raise SettingsError(f"data.keys must be a list of names, data.keys=[a,b], it is {keys!r}")
-    made = _make({k: v for k, v in arguments.items() if k != "keys"}, "data")
+    made = make_object({k: v for k, v in arguments.items() if k not in ("keys", "pad")}, "data")
     parameters = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return adapt(made, names, tuple(map(str, keys)))
-
-
-def optimizer_maker(arguments: Arguments) -> MakeOptimizer:
-    """A function from named parameters to an optimizer. Raises SettingsError for one that is not there."""
-    target = str(arguments["_target_"])
-    kind = locate(target, "optimizer")
-    rest = {k: v for k, v in arguments.items() if k != "_target_"}
-
-    def make(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        try:
-            made = kind([parameter for _, parameter in named], **rest)
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"optimizer._target_={target}: {error}") from error
-        if not isinstance(made, torch.optim.Optimizer):
-            raise SettingsError(f"optimizer._target_={target} is not a torch.optim.Optimizer")
-        return made
-
-    return make
-
-
-def optimizer_factor(make: MakeOptimizer) -> float:
-    """Bytes of state per byte of parameters, found by one step on a small one."""
-    parameter = nn.Parameter(torch.zeros(4096))
-    optimizer = make([("probe", parameter)])
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    size = sum(v.numel() * v.element_size() for v in state if v.numel() > 1)
-    return size / (parameter.numel() * parameter.element_size())
+    return adapt(made, names, tuple(map(str, keys)), pads(arguments.get("pad") or {}))
 
 
 def locate(name: str, group: str) -> Any:
@@ -124,7 +95,8 @@ def locate(name: str, group: str) -> Any:
     )
 
 
-def _make(arguments: Arguments, group: str) -> Any:
+def make_object(arguments: Arguments, group: str) -> Any:
+    """What a `_target_` with its arguments gives. Raises SettingsError with the reason and its place."""
     locate(str(arguments["_target_"]), group)
     try:
         return instantiate(OmegaConf.create(dict(arguments)), _convert_="all")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from gpp.api.optimizer import probe
 from gpp.capture.names import NO_DECAY, group_index
 from gpp.runtime.state import MakeOptimizer, MakeScheduler
 
@@ -100,27 +101,6 @@ def _words(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(map(str, value))
 
 
-def _probe(make: MakeOptimizer) -> tuple[torch.optim.Optimizer, nn.Parameter]:
-    parameter = nn.Parameter(torch.zeros(64, 64))
-    return make([("probe", parameter)]), parameter
-
-
-def optimizer_factor(make: MakeOptimizer) -> float:
-    """Bytes of state per byte of parameters, found by one step on a small one."""
-    optimizer, parameter = _probe(make)
-    parameter.grad = torch.zeros_like(parameter)
-    try:
-        optimizer.step()
-    except TypeError as error:
-        raise SettingsError(
-            f"{type(optimizer).__name__}.step cannot be called without arguments ({error}): take an "
-            "optimizer that does not evaluate the loss again"
-        ) from error
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    size = sum(v.numel() * v.element_size() for v in state if v.numel() > 1)
-    return size / (parameter.numel() * parameter.element_size())
-
-
 def scheduler_maker(
     config: DictConfig, overrides: Sequence[str], make: MakeOptimizer
 ) -> MakeScheduler | None:
@@ -133,7 +113,7 @@ def scheduler_maker(
     def scheduler(optimizer: torch.optim.Optimizer) -> LRScheduler:
         return _scheduler(arguments, optimizer)
 
-    scheduler(_probe(make)[0])
+    scheduler(probe(make)[0])
     return scheduler
 
 

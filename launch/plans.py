@@ -10,21 +10,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from gpp.api.plan import check_subject, loss_is_coupled
 from gpp.cost import CostModel
 from gpp.graph import ComputationGraph, GraphError, graph_from_json
 from gpp.plan import Plan, PlanError, Policy, check_plan, plan_from_json
 from gpp.plan_table import readable_bytes
+from gpp.planner.named import planned
 from gpp.planner.options import Options
 
 from .planner_settings import SCHEDULES, planner_settings
-from .planners import planned
 from .settings import (
     SettingsError,
     TrainSettings,
+    burst,
     check_choices,
     check_keys,
     costs,
     policy,
+    precision_name,
     topology,
     train_settings,
 )
@@ -69,13 +72,15 @@ class Request:
         A schedule that the command line names is fixed; else a planner may choose another one.
         """
         asked = planner_settings(self.config)
+        average = 1.0 if settings.ema is not None else 0.0  # as many bytes as the parameters
         on = asked.switches - (SCHEDULES if "schedule" in self.named else set())
         return Options(
-            mini_batch=settings.mini_batch,
+            mini_batch=settings.samples,
             micro_batch=settings.micro_batch if subject is None else _micro_batch(settings, subject),
             policy=policy(self.config),
-            optimizer_factor=0.0 if subject is None else subject.optimizer_factor,
-            global_norm=settings.clip_norm is not None,
+            optimizer_factor=0.0 if subject is None else subject.optimizer_factor + average,
+            global_norm=settings.norm_wanted,
+            precision=precision_name(self.config),
             max_replicas=asked.max_replicas,
             constraints=asked.constraints,
             stage_micro_batches=asked.stage_micro_batches,
@@ -106,14 +111,16 @@ def make_plan(request: Request, subject: Subject) -> Plan:
     path = request.plan_path
     if path is not None:
         plan = replay(request, path)
-        _check_subject(path, plan, subject)
-        return replace(plan, global_norm=settings.clip_norm is not None)
+        coupled = settings.mini_batch if subject.loss_coupled else None
+        check_subject(plan, subject.graph, path, coupled=coupled)
+        return replace(plan, global_norm=settings.norm_wanted)
     plan = planned(
         str(request.config.planner.name),
         subject.graph,
         topology(request.config, request.count, request.hosts),
         subject.costs or costs(request.config, subject.graph),
         request.options(settings, subject),
+        k=burst(request.config),
     )
     check_plan(plan, subject.graph)
     return plan
@@ -128,10 +135,17 @@ def replay(request: Request, path: str) -> Plan:
             f"{path} is a plan for {have} devices, this run has {request.count}: start {have} ranks (without "
             f"MPI, set cluster.devices={have}), or plan anew"
         )
-    if plan.mini_batch != settings.mini_batch:
+    if plan.mini_batch != settings.samples:
+        times = f", {settings.accumulate} of them a step" if settings.accumulate > 1 else ""
         raise PlanError(
             f"{path} is a plan for mini-batches of {plan.mini_batch}, train.mini_batch is "
-            f"{settings.mini_batch}"
+            f"{settings.mini_batch}{times}"
+        )
+    precision = precision_name(request.config)
+    if plan.precision != precision:
+        raise PlanError(
+            f"{path} is a plan for {plan.precision}, precision={request.config.precision.name} asks for "
+            f"{precision}: plan anew"
         )
     sizes = sorted({stage.micro_batch for stage in plan.stage_graph.stages})
     if settings.micro_batch != "auto" and sizes != [settings.micro_batch]:
@@ -244,24 +258,4 @@ def _micro_batch(settings: TrainSettings, subject: Subject) -> int | Literal["au
         return settings.micro_batch
     if settings.micro_batch in ("auto", settings.mini_batch):
         return settings.mini_batch
-    raise SettingsError(
-        "the loss of a mini-batch is not the mean of its micro-batches' losses: it mixes samples (a "
-        "contrastive loss), or divides by something else than their number (ignore_index). Return "
-        "(sum, weight) from forward in the second case, else set train.micro_batch to the whole mini-batch, "
-        f"{settings.mini_batch}"
-    )
-
-
-def _check_subject(path: str, plan: Plan, subject: Subject) -> None:
-    found = subject.graph.fingerprint()
-    if plan.fingerprints.graph != found:
-        raise PlanError(
-            f"{path} was made for another model: its graph is {plan.fingerprints.graph}, this one's {found}; "
-            "plan anew"
-        )
-    check_plan(plan, subject.graph)
-    small = [s.name for s in plan.stage_graph.stages if s.terms and s.micro_batch != plan.mini_batch]
-    if subject.loss_coupled and small:
-        raise PlanError(
-            f"{path} cuts the mini-batch for stage {small[0]}, this model's loss needs it whole: plan anew"
-        )
+    raise SettingsError(loss_is_coupled("train.micro_batch", settings.mini_batch))

@@ -40,10 +40,11 @@ def _profile(config: DictConfig, ranks: int) -> None:
     _check_measure(config)
     import torch
 
+    from gpp.api.crew import threads_of_a_rank
     from gpp.capture.profile import Measurement, where
     from gpp.capture.profile import profile as measured
 
-    from .job import gather, threads_of_a_rank
+    from .job import gather
     from .kernels import hooks
 
     torch.set_num_threads(threads_of_a_rank(ranks))  # as a rank has them when training

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpp.cost import CostError, CostModel, Roofline, costs_from_json
 from gpp.graph import ComputationGraph
-from gpp.plan import Policy
+from gpp.plan import POLICIES, Policy
 from gpp.topology import Device, DeviceTopology, Link
 
 ALONE = 4  # devices of cluster.devices=auto without MPI
@@ -23,19 +23,45 @@ class SettingsError(ValueError):
     """A value of the configuration that cannot be."""
 
 
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """An entry of train.init_from: `strip` is taken off the file's names, `prefix` put before them."""
+
+    file: str
+    prefix: str = ""
+    strip: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """The `train` group."""
 
     steps: int
     mini_batch: int
+    accumulate: int
     micro_batch: int | Literal["auto"]
     seed: int
     init: str
+    init_from: tuple[WeightFile, ...]
+    init_strict: bool
+    freeze: tuple[str, ...]
     verify: bool
     clip_norm: float | None
+    log_norm: bool
+    ema: float | None
     held_out: float
     log_every: int
+    prefetch: int
+
+    @property
+    def samples(self) -> int:
+        """Of one step: `accumulate` mini-batches go through the pipeline before an update."""
+        return self.mini_batch * self.accumulate
+
+    @property
+    def norm_wanted(self) -> bool:
+        """Whether all ranks must learn the global norm before they update."""
+        return self.clip_norm is not None or self.log_norm
 
 
 # The groups in which nothing but this is read; model, data and optimizer are their classes' own, and what a
@@ -44,15 +70,19 @@ _LINK = ("latency", "bandwidth")
 _KEYS = {
     "train": tuple(field.name for field in fields(TrainSettings)),
     "cluster": (
-        *("name", "devices", "per_host", "memory", "flops", "bandwidth", "overhead", "inside", "between"),
+        *("name", "devices", "per_host", "memory", "flops", "flops_bf16", "bandwidth", "overhead"),
+        *("inside", "between"),
     ),
     "cluster.inside": _LINK,
     "cluster.between": _LINK,
     "cost": ("update_traffic", "path"),
-    "schedule": ("name", "extra_warm_up"),
+    "emulation": ("slowdown", "message_bytes"),
+    "schedule": ("name", "extra_warm_up", "k"),
     "kernels": ("name",),
-    "transport": ("name",),
+    "transport": ("name", "reduce"),
+    "precision": ("name", "autocast"),
 }
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # as the configuration and as plans call them
 
 
 def check_keys(config: DictConfig) -> None:
@@ -69,8 +99,11 @@ def check_keys(config: DictConfig) -> None:
 def check_choices(config: DictConfig) -> None:
     """The groups of which only the name counts."""
     choice(config, "kernels.name", ("eager", "inductor", "triton"))
-    choice(config, "transport.name", ("auto", "host"))
-    choice(config, "device", ("auto", "cpu", "cuda"))
+    choice(config, "transport.name", ("auto", "device", "host"))
+    choice(config, "transport.reduce", ("auto", "mpi", "nccl"))
+    choice(config, "device", ("auto", "cpu", "cuda", "emulated"))
+    choice(config, "precision.autocast", ("auto", "cpu", "cuda"))
+    precision_name(config)
 
 
 def whole(config: DictConfig, key: str, least: int) -> int:
@@ -108,20 +141,88 @@ def train_settings(config: DictConfig) -> TrainSettings:
     share = number(config, "train.held_out")
     if not 0 <= share < 1:
         raise SettingsError(f"train.held_out must be at least 0 and below 1, it is {share:g}")
-    verify = OmegaConf.select(config, "train.verify")
-    if not isinstance(verify, bool):
-        raise SettingsError(f"train.verify must be true or false, it is {verify!r}")
-    return TrainSettings(
+    found = TrainSettings(
         steps=whole(config, "train.steps", 0),
         mini_batch=whole(config, "train.mini_batch", 1),
+        accumulate=whole(config, "train.accumulate", 1),
         micro_batch="auto" if micro == "auto" else whole(config, "train.micro_batch", 1),
         seed=_seed(config),
         init=choice(config, "train.init", ("plain", "recorded")),
-        verify=verify,
+        init_from=_weight_files(config),
+        init_strict=_switch(config, "train.init_strict"),
+        freeze=_patterns(config, "train.freeze"),
+        verify=_switch(config, "train.verify"),
         clip_norm=None if clip is None else number(config, "train.clip_norm", above=0.0),
+        log_norm=_switch(config, "train.log_norm"),
+        ema=_decay(config),
         held_out=share,
         log_every=whole(config, "train.log_every", 1),
+        prefetch=whole(config, "train.prefetch", 1),
     )
+    if found.accumulate > 1 and found.micro_batch != "auto" and found.samples % found.micro_batch:
+        raise SettingsError(
+            f"train.micro_batch {found.micro_batch} does not divide the {found.samples} samples of a step, "
+            f"train.mini_batch {found.mini_batch} times train.accumulate {found.accumulate}"
+        )
+    return found
+
+
+def _switch(config: DictConfig, key: str) -> bool:
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, bool):
+        raise SettingsError(f"{key} must be true or false, it is {value!r}")
+    return value
+
+
+def _decay(config: DictConfig) -> float | None:
+    if OmegaConf.select(config, "train.ema") is None:
+        return None
+    decay = number(config, "train.ema")
+    if not 0 < decay < 1:
+        raise SettingsError(
+            f"train.ema, the decay of the moving average, must be between 0 and 1, it is {decay:g}"
+        )
+    return decay
+
+
+def _patterns(config: DictConfig, key: str) -> tuple[str, ...]:
+    value = OmegaConf.select(config, key)
+    given = [value] if isinstance(value, str) else OmegaConf.to_object(value) if value is not None else []
+    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+        raise SettingsError(
+            f"{key} must be a list of patterns on parameters' names, [encoder.*], it is {value!r}"
+        )
+    return tuple(given)
+
+
+def _weight_files(config: DictConfig) -> tuple[WeightFile, ...]:
+    """train.init_from: a file, {prefix: file}, or a list of {file, prefix, strip}."""
+    value = OmegaConf.select(config, "train.init_from")
+    given: Any = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    if isinstance(given, str):
+        given = [given]
+    elif isinstance(given, dict):
+        given = [{"file": file, "prefix": prefix} for prefix, file in given.items()]
+    try:
+        entries = [WeightFile(e) if isinstance(e, str) else WeightFile(**e) for e in given or ()]
+    except TypeError:
+        entries = [WeightFile(None)]  # type: ignore[arg-type]
+    if not all(isinstance(v, str) for e in entries for v in (e.file, e.prefix, e.strip)):
+        raise SettingsError(
+            "train.init_from must be a safetensors file, {prefix: file, ...}, or a list of {file: ..., "
+            f"prefix: ..., strip: ...}}, it is {given!r}"
+        )
+    return tuple(entries)
+
+
+def own_path(path: str) -> Path:
+    """A file that the user names: from where the command was started."""
+    return Path(to_absolute_path(path) if HydraConfig.initialized() else path)
+
+
+def precision_name(config: DictConfig) -> str:
+    """precision=, as plans call it."""
+    return PRECISIONS[choice(config, "precision.name", tuple(PRECISIONS))]
 
 
 def _seed(config: DictConfig) -> int:
@@ -151,7 +252,7 @@ def topology(config: DictConfig, count: int, hosts: Sequence[str] | None) -> Dev
     device = Device(
         name=name,
         memory=number(config, "cluster.memory", above=0),
-        flops=number(config, "cluster.flops", above=0),
+        flops=_rate(config),
         bandwidth=number(config, "cluster.bandwidth", above=0),
         overhead=number(config, "cluster.overhead", least=0),
     )
@@ -162,6 +263,13 @@ def topology(config: DictConfig, count: int, hosts: Sequence[str] | None) -> Dev
         inside=_link(config, "cluster.inside"),
         between=_link(config, "cluster.between"),
     )
+
+
+def _rate(config: DictConfig) -> float:
+    """FLOPs per second of matrix products in the precision that is asked for; what else is computed is bound
+    by memory."""
+    low = precision_name(config) == "bfloat16" and OmegaConf.select(config, "cluster.flops_bf16") is not None
+    return number(config, "cluster.flops_bf16" if low else "cluster.flops", above=0)
 
 
 def _link(config: DictConfig, key: str) -> Link:
@@ -196,6 +304,8 @@ def costs(config: DictConfig, graph: ComputationGraph | None = None) -> CostMode
     Raises SettingsError if there is no such file, CostError for what it holds.
     """
     traffic = number(config, "cost.update_traffic", least=0)
+    if precision_name(config) == "bfloat16":
+        traffic += 1.5  # the updated weights are read, and written in half as many bytes
     if "path" not in config.cost and not OmegaConf.is_missing(config.cost, "path"):
         return Roofline(update_traffic=traffic)
     path = OmegaConf.select(config, "cost.path")
@@ -205,7 +315,7 @@ def costs(config: DictConfig, graph: ComputationGraph | None = None) -> CostMode
         )
     if graph is None:
         return Roofline(update_traffic=traffic)
-    file = Path(to_absolute_path(path) if HydraConfig.initialized() else path)
+    file = own_path(path)
     if not file.is_file():
         raise SettingsError(f"there is no costs file {path}")
     try:
@@ -219,9 +329,14 @@ def costs(config: DictConfig, graph: ComputationGraph | None = None) -> CostMode
 def policy(config: DictConfig) -> Policy:
     """The `schedule` group."""
     return Policy(
-        name=choice(config, "schedule.name", ("1f1b", "gpipe")),
+        name=choice(config, "schedule.name", POLICIES),
         extra_warm_up=whole(config, "schedule.extra_warm_up", 0),
     )
+
+
+def burst(config: DictConfig) -> int:
+    """schedule.k: forwards, then backwards, that a stage runs in a row."""
+    return whole(config, "schedule.k", 1)
 
 
 def own_yaml(config: DictConfig) -> str:

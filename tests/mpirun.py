@@ -55,6 +55,13 @@ def run_mpi(
     target = [module_or_script] if module_or_script.endswith(".py") else ["-m", module_or_script]
     flags = ["--oversubscribe", "--bind-to", "none"] if is_open_mpi() else []
     command = [str(mpirun()), "-n", str(ranks), *flags, sys.executable, *target, *arguments]
+    return finished(command, job_environment() | (environment or {}), cwd or REPOSITORY, timeout)
+
+
+def finished(
+    command: list[str], environment: dict[str, str], cwd: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that starts a job; its code and output, see `run_mpi`."""
     # files, not pipes: a pipe stays open as long as any rank lives, and reading it would wait for that
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(
@@ -62,8 +69,8 @@ def run_mpi(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            env=job_environment() | (environment or {}),
-            cwd=cwd or REPOSITORY,
+            env=environment,
+            cwd=cwd,
             start_new_session=True,
         )
         code = _wait(job, timeout)

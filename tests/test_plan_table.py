@@ -4,7 +4,7 @@ import pytest
 
 from gpp.cost import Roofline
 from gpp.plan import Plan, Policy, device_memory, stage_memory
-from gpp.plan_table import device_ranges, plan_table, readable_bytes, readable_seconds
+from gpp.plan_table import device_ranges, memory_table, plan_table, readable_bytes, readable_seconds
 from gpp.planner.estimate import Group, Problem, assemble, estimated
 from gpp.planner.options import Options
 from gpp.simulate import simulate
@@ -126,3 +126,15 @@ def test_memory_is_that_of_the_schedule():
         shown = [row[4].strip() for row in cells(plan_table(each))[2:]]
         assert shown == [readable_bytes(device_memory(each)[s.devices[0]]) for s in lagging]
     assert device_memory(plan) != device_memory(greedy)
+
+
+def test_memory_of_every_stage():
+    plan = hand_made()
+    head, _, *rows = cells(memory_table(plan))
+    assert head[0].strip() == "stage" and head[-1].strip() == "device has"
+    assert [row[0].strip() for row in rows] == [stage.name for stage in plan.stage_graph.stages]
+    for index, row in enumerate(rows):
+        need = stage_memory(plan.stage_graph, index)
+        assert [cell.strip() for cell in row[2:4]] == [readable_bytes(need.parameters)] * 2
+        assert row[-2].strip() == readable_bytes(need.total)
+        assert row[-1].strip() == readable_bytes(plan.topology.devices[0].memory)

@@ -133,7 +133,7 @@ def less_on_a_clock(cases: Sequence[Pair] | None = None, steps: int = STEPS) -> 
         )
     return Section(
         name="memory-clock",
-        what="less memory than 1F1B on emulated devices: the split at three quarters of the peak, light branches",
+        what="less memory than 1F1B on emulated devices: the split at 0.75 of the peak, light branches",
         reach="as simulated, within 3%",
         measured=f"within {max(map(abs, off)):.1%}",
         reached=max(map(abs, off)) <= 0.03,

@@ -31,7 +31,7 @@ CASES = (
     Case(8, 16, 10e-3, 1 << 10, 0.96),
 )
 OF_BARE = 0.97
-SECONDS = 4.0  # of steps for each side and round
+SECONDS = 2.0  # of steps for each side and round
 
 
 def share_of_ideal(cases: Sequence[Case] = CASES, seconds: float = SECONDS) -> Section:

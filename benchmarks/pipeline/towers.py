@@ -15,7 +15,6 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from gpp.runtime.communicator import Communicator
 from gpp.runtime.data import Batches
 from gpp.runtime.mpi import connect
-from gpp.runtime.trainer import Trainer
 
 from .jobs import answer, question
 
@@ -89,7 +88,7 @@ def _by_gpp(
     """Steps of a plan in which the left tower is rank 0's and the rest rank 1's."""
     from hydra import compose, initialize_config_dir
 
-    from launch.job import prepare, programs_of, state_of
+    from launch.job import GuardedCrew, pipeline_of, prepare
     from launch.start import CONF
 
     overrides = [
@@ -108,19 +107,13 @@ def _by_gpp(
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config", overrides=overrides)
     job, _, initialised = prepare(config, overrides, comm, alone=False)
-    programs = programs_of(config, job, comm.rank)
-    state = state_of(job, comm.rank, programs, initialised)
-    captured = job.material.captured
-    trainer = Trainer(
-        comm, job.plan, job.evaluation, job.lowered, programs, state, captured.train, captured.evaluate,
-        torch.device("cpu"),
-    )  # fmt: skip
+    pipeline = pipeline_of(config, job, initialised, GuardedCrew(comm))
     data = job.material.train_data
 
     def run(steps: int) -> list[float]:
-        done = len(trainer.measured.step_seconds)
-        trainer.fit(data, Batches(len(data), mini_batch, 0), 0, steps, lambda _: None, trace=False)
-        return trainer.measured.step_seconds[done:]
+        done = len(pipeline.step_seconds)
+        pipeline.fit(data, Batches(len(data), mini_batch, 0), steps)
+        return list(pipeline.step_seconds[done:])
 
     return run
 

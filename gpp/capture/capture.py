@@ -113,13 +113,7 @@ class _Mode:
         cls, model: nn.Module, exported: Exported, batch: Mapping[str, Tensor], autocast: Autocast | None
     ) -> "_Mode":
         facts = dependences(exported, _values(model, exported, batch))
-        for name, node in exported.predictions.items():
-            if node.name not in facts.per_sample:
-                raise CaptureError(
-                    f"the prediction {name!r} of {type(model).__name__}.forward is no value for each sample: "
-                    f"its shape is {tuple(node.meta['val'].shape)}, and samples must be in dimension 0, none "
-                    "depending on another"
-                )
+        _check_predictions(type(model).__name__, exported, facts)
         tails = split_tails(exported)
         if autocast is not None:  # only now: who mixes samples shows in full precision
             exported, facts = under_rules(exported, facts, tails.nodes, autocast)
@@ -145,6 +139,21 @@ class _Mode:
             terms={n.name: n.name for n in self.exported.module.graph.nodes if n.name in self.tails.terms},
             predictions={name: node.name for name, node in self.exported.predictions.items()},
         )
+
+
+def _check_predictions(model: str, exported: Exported, facts: Dependences) -> None:
+    """Raise CaptureError for a prediction that micro-batches would change."""
+    mixed = set(facts.coupled)
+    for node in exported.module.graph.nodes:
+        if any(used.name in mixed for used in node.all_input_nodes):
+            mixed.add(node.name)
+    for name, node in exported.predictions.items():
+        if node.name not in facts.per_sample or node.name in mixed:
+            raise CaptureError(
+                f"the prediction {name!r} of {model}.forward is no value for each sample: its shape is "
+                f"{tuple(node.meta['val'].shape)}, and samples must be in dimension 0, none depending on "
+                "another"
+            )
 
 
 def _values(model: nn.Module, exported: Exported, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

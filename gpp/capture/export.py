@@ -135,9 +135,7 @@ def _named_keywords(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[N
             model.forward = own
 
 
-def _clean(
-    model: nn.Module, program: torch.export.ExportedProgram, seed: int, *, training: bool
-) -> Exported:
+def _clean(model: nn.Module, program: torch.export.ExportedProgram, seed: int, *, training: bool) -> Exported:
     module = fx.GraphModule(program.graph_module, program.graph_module.graph)
     signature = program.graph_signature
     canonical = _canonical_names(model)
@@ -218,9 +216,9 @@ def _key_random_nodes(module: fx.GraphModule, seed: int, batch: Any) -> None:
 RESERVED = ("loss", "step", "step_seconds", "samples_per_second", "grad_norm", "lr")
 _CLASS_LOSSES = ("aten.cross_entropy_loss", "aten.nll_loss")
 _CONTRACT = (
-    "forward must return the loss, (loss, {name: metric}) or (loss, {name: metric}, {name: prediction}); loss "
-    "and metrics are scalar tensors that are means over samples, or pairs (sum, weight) of scalar tensors; a "
-    "prediction is a tensor with the samples in dimension 0"
+    "forward must return the loss, (loss, {name: metric}) or (loss, {name: metric}, {name: prediction}); "
+    "loss and metrics are scalar tensors that are means over samples, or pairs (sum, weight) of scalar "
+    "tensors; a prediction is a tensor with the samples in dimension 0"
 )
 
 
@@ -234,9 +232,7 @@ def parts_of(returned: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 def _results(
     model: nn.Module, module: fx.GraphModule, program: torch.export.ExportedProgram, *, training: bool
-) -> tuple[
-    tuple[fx.Node, fx.Node | None], dict[str, tuple[fx.Node, fx.Node | None]], dict[str, fx.Node]
-]:
+) -> tuple[tuple[fx.Node, fx.Node | None], dict[str, tuple[fx.Node, fx.Node | None]], dict[str, fx.Node]]:
     output = next(n for n in module.graph.nodes if n.op == "output")
     skip = len(output.args[0]) - len(program.graph_signature.user_outputs)
     returned = pytree.tree_unflatten(list(output.args[0][skip:]), program.call_spec.out_spec)
@@ -252,9 +248,10 @@ def _results(
             f"{name}.forward returns a metric called {taken[0]!r}, a name that results have already; call it "
             f"otherwise (taken are {', '.join(RESERVED)})"
         )
-    results = _result(module, name, "loss", returned), {
-        str(k): _result(module, name, f"metric {k!r}", v) for k, v in metrics.items()
-    }
+    results = (
+        _result(module, name, "loss", returned),
+        {str(k): _result(module, name, f"metric {k!r}", v) for k, v in metrics.items()},
+    )
     # training computes no predictions; what nothing uses any more goes
     predictions = {} if training else {str(k): _prediction(module, name, k, v) for k, v in wanted.items()}
     nodes = [n for pair in (results[0], *results[1].values()) for n in pair if isinstance(n, fx.Node)]

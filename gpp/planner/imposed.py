@@ -28,8 +28,8 @@ def imposed(problem: Problem, plan: Plan, k: int = 1) -> Plan:
     """The plan with the schedule that the problem's options name, its estimate and bound renewed.
 
     `k`: forwards, then backwards, that every stage runs in a row (kFkB); under 1F1B only. Of "zero-bubble"
-    and "greedy" the fastest that memory has room for. Raises PlanError if none fits. O(stages + edges) and one
-    simulation for each of a handful of schedules.
+    and "greedy" the fastest that memory has room for. Raises PlanError if none fits. O(stages + edges) and
+    one simulation for each of a handful of schedules.
     """
     wanted = problem.options.policy
     if k > 1:

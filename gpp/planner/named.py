@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from gpp.cost import CostModel
 from gpp.graph import ComputationGraph
-from gpp.plan import Plan
+from gpp.plan import Plan, PlanError
 from gpp.planner.options import Options
 from gpp.topology import DeviceTopology
 
-from .settings import SettingsError
+PLANNERS = ("gpp", "graphpipe", "sequential", "pipedream", "piper")
 
 
 def planned(
@@ -40,5 +40,5 @@ def planned(
         case "piper":
             from gpp.planner.piper import plan
         case _:
-            raise SettingsError(f"there is no planner {name}")
+            raise PlanError(f"there is no planner {name!r}: take one of {', '.join(PLANNERS)}")
     return imposed(problem, plan(graph, cluster, times, options), k)

@@ -5,7 +5,8 @@ A message carries the rows of all values of an edge for some samples, one value 
     | value 0: n samples | pad | value 1: n samples | pad | ...        pad: to the next multiple of 64 bytes
 
 A receiver works on views of its slot and gives the slot back when it has no more use for it; a sender copies
-into one. Nothing is allocated between steps, so an MPI library registers the memory once.
+into one. Nothing is made between steps, neither memory, which an MPI library then registers once, nor
+requests. On a device a slot becomes ready later (see `staging`): whoever waits makes `progress` meanwhile.
 """
 
 from collections import deque
@@ -13,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from gpp.program.stage import ValueSpec
 from gpp.schedule.task import Channel, Direction
 
-from .communicator import Buffer, CommunicationError, Communicator, Request
+from .communicator import CommunicationError, Communicator, PersistentRequest
+from .staging import OnHost, Slot, Staging
 
 ALIGNMENT = 64  # bytes: a cache line, and a multiple of every data type's size
 
@@ -43,12 +44,9 @@ def message_views(buffer: Tensor, values: Sequence[ValueSpec], samples: int) -> 
     )
 
 
-def pack(views: Sequence[Tensor], tensors: Sequence[Tensor], values: Sequence[ValueSpec]) -> None:
-    """Copy the tensors into the views, both in the order of `values`.
-
-    Raises CommunicationError naming the value whose shape or data type is not the message's: a copy would
-    broadcast or convert it in silence.
-    """
+def check_rows(views: Sequence[Tensor], tensors: Sequence[Tensor], values: Sequence[ValueSpec]) -> None:
+    """Raise CommunicationError, naming the value, unless the tensors have the views' shapes and data types:
+    a copy would broadcast or convert them in silence. All in the order of `values`."""
     if len(views) != len(tensors):
         names = ", ".join(v.name for v in values)
         raise CommunicationError(f"the message carries {len(views)} values ({names}), not {len(tensors)}")
@@ -58,17 +56,19 @@ def pack(views: Sequence[Tensor], tensors: Sequence[Tensor], values: Sequence[Va
                 f"{value.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, the message carries "
                 f"{view.dtype} of shape {tuple(view.shape)}"
             )
-        view.copy_(tensor.detach())
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A slot with room for `samples` samples: its values, and the bytes that travel."""
+    """A slot with room for `samples` samples: the values that stages read or that are to be sent, and the
+    request that carries its `size` bytes."""
 
-    slot: int
+    number: int  # of the slot in its ring
     samples: int
+    size: int
     views: tuple[Tensor, ...]
-    buffer: Buffer
+    slot: Slot
+    request: PersistentRequest
 
 
 class Ring:
@@ -83,7 +83,7 @@ class Ring:
         channel: Channel,
         values: Sequence[ValueSpec],
         sizes: Sequence[int],
-        device: torch.device | str = "cpu",
+        staging: Staging | None = None,
     ):
         self.communicator = communicator
         self.channel = channel
@@ -97,18 +97,26 @@ class Ring:
                 f"{channel.slots} slots, {len(self.values)} values and messages of {sorted(set(sizes))}"
             )
         largest = message_bytes(self.values, max(sizes))
-        slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(channel.slots)]
         self.bytes = largest * channel.slots
+        sending = communicator.rank == channel.source
+        slots = [(staging or OnHost()).slot(largest, sending=sending) for _ in range(channel.slots)]
+        self.slots = tuple(slots)
         self._messages = {
-            (slot, samples): Message(
-                slot,
-                samples,
-                message_views(memory, self.values, samples),
-                communicator.prepare(memory[: message_bytes(self.values, samples)]),
-            )
-            for slot, memory in enumerate(slots)
+            (number, samples): self._message(number, slot, samples)
+            for number, slot in enumerate(slots)
             for samples in sorted(set(sizes))
         }
+
+    def _message(self, number: int, slot: Slot, samples: int) -> Message:
+        size, channel, comm = message_bytes(self.values, samples), self.channel, self.communicator
+        wire = slot.wire[:size]
+        if comm.rank == channel.source:
+            request = comm.send_init(wire, channel.target, channel.tag)
+            views = message_views(slot.wire, self.values, samples)
+        else:
+            request = comm.recv_init(wire, channel.source, channel.tag)
+            views = message_views(slot.local, self.values, samples)
+        return Message(number, samples, size, views, slot, request)
 
     def message(self, slot: int, samples: int) -> Message:
         """The slot as a message of so many samples."""
@@ -125,28 +133,47 @@ class SendChannel:
         self._ring = ring
         self._counts = tuple(counts)
         self._sent = 0
-        self._under_way: deque[Request] = deque()
+        self._filled: deque[Message] = deque()  # not started: the device has still to write them
+        self._under_way: deque[Message] = deque()
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         """Start sending the next message of the cycle, one tensor [samples, ...] for each value it carries.
 
         Copies them; waits only if all slots are still on their way.
         """
-        channel, communicator = self._ring.channel, self._ring.communicator
-        if len(self._under_way) == channel.slots:
-            communicator.wait([self._under_way.popleft()])
+        channel = self._ring.channel
+        if len(self._filled) + len(self._under_way) == channel.slots:
+            if not self._under_way:
+                self._filled[0].slot.settle()
+                self.progress()
+            self._ring.communicator.wait([self._under_way[0].request])
+            self._under_way.popleft()
         samples = self._counts[self._sent % len(self._counts)]
         message = self._ring.message(self._sent % channel.slots, samples)
+        rows = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
         try:
-            pack(message.views, tensors, self._ring.values)
+            check_rows(message.views, rows, self._ring.values)
         except CommunicationError as error:
             raise CommunicationError(f"{channel_name(channel)}: {error}") from None
-        self._under_way.append(communicator.isend(message.buffer, channel.target, channel.tag))
+        message.slot.fill(message.views, rows)
+        self._filled.append(message)
         self._sent += 1
+        self.progress()
+
+    def progress(self) -> bool:
+        """Start the sends whose slots have been written, in order. Returns whether others are left."""
+        while self._filled and self._filled[0].slot.ready():
+            message = self._filled.popleft()
+            message.request.start()
+            self._under_way.append(message)
+        return bool(self._filled)
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
-        self._ring.communicator.wait(list(self._under_way))
+        for message in self._filled:
+            message.slot.settle()
+        self.progress()
+        self._ring.communicator.wait([message.request for message in self._under_way])
         self._under_way.clear()
 
 
@@ -163,46 +190,59 @@ class ReceiveChannel:
         self._ring = ring
         self._counts = tuple(counts)
         self._numbers = iter(count() if messages is None else range(messages))
-        self._posted: deque[tuple[Message, Request]] = deque()
+        self._posted: deque[Message] = deque()
         self._lent: set[int] = set()
-        for slot in range(ring.channel.slots):
-            self._post(slot)
+        self._free = deque(range(ring.channel.slots))  # not posted: the device has still to read them
+        self.progress()
 
     def next(self) -> Message:
         """Wait for the oldest message that is still to come; its views hold until `release`."""
+        if not self._posted and self._free:
+            self._ring.slots[self._free[0]].settle()
+            self.progress()
         if not self._posted:
             raise CommunicationError(
                 f"{channel_name(self._ring.channel)}: no receive is posted, {len(self._lent)} of "
                 f"{self._ring.channel.slots} slots are in use; release one before the next message"
             )
-        message, request = self._posted[0]
-        self._ring.communicator.wait([request])
+        message = self._posted[0]
+        self._ring.communicator.wait([message.request])
         self._posted.popleft()
-        self._lent.add(message.slot)
+        self._lent.add(message.number)
+        message.slot.arrived(message.size)
         return message
 
     def release(self, message: Message) -> None:
         """Give the slot back: its memory belongs to a later message from now on."""
-        if message.slot not in self._lent:
-            raise CommunicationError(f"{channel_name(self._ring.channel)}: slot {message.slot} is not in use")
-        self._lent.remove(message.slot)
-        self._post(message.slot)
+        if message.number not in self._lent:
+            raise CommunicationError(
+                f"{channel_name(self._ring.channel)}: slot {message.number} is not in use"
+            )
+        self._lent.remove(message.number)
+        message.slot.launched()
+        self._free.append(message.number)
+        self.progress()
+
+    def progress(self) -> bool:
+        """Post receives into the free slots that have been read, in order. Returns whether others are
+        left."""
+        while self._free and self._ring.slots[self._free[0]].ready():
+            number = next(self._numbers, None)
+            if number is None:
+                self._free.clear()
+                break
+            message = self._ring.message(self._free.popleft(), self._counts[number % len(self._counts)])
+            message.request.start()
+            self._posted.append(message)
+        return bool(self._free)
 
     def close(self) -> int:
         """Take back every posted receive. Returns how many messages had come that nobody asked for: 0 if all
         ranks stopped at the same step."""
-        unwanted = sum(not self._ring.communicator.cancel(request) for _, request in self._posted)
+        unwanted = sum(not self._ring.communicator.cancel(message.request) for message in self._posted)
         self._posted.clear()
         self._numbers = iter(range(0))
         return unwanted
-
-    def _post(self, slot: int) -> None:
-        number = next(self._numbers, None)
-        if number is not None:
-            channel = self._ring.channel
-            message = self._ring.message(slot, self._counts[number % len(self._counts)])
-            request = self._ring.communicator.irecv(message.buffer, channel.source, channel.tag)
-            self._posted.append((message, request))
 
 
 def channel_name(channel: Channel) -> str:

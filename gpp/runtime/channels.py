@@ -1,7 +1,4 @@
-"""A rank's ends of all channels of one schedule: rings that outlive stretches of steps.
-
-Messages lie in host memory, whatever device computes.
-"""
+"""A rank's ends of all channels of one schedule: rings that outlive stretches of steps."""
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -15,6 +12,7 @@ from gpp.schedule.task import Direction, Receive, Samples, Schedule, Send, Trans
 
 from .buffers import Message, ReceiveChannel, Ring, SendChannel
 from .communicator import Communicator
+from .staging import OnHost, Staging
 
 _Ends = tuple[int, Direction, int, int]  # edge, direction, source, target
 
@@ -40,9 +38,16 @@ class Held:
 class Channels:
     """Opened for a stretch of steps, closed when the stretch is over, then opened again."""
 
-    def __init__(self, comm: Communicator, schedule: Schedule, stages: Sequence[StageFunctions]) -> None:
-        self._rank = comm.rank
-        self._rings = _rings(comm, schedule, stages) if stages else {}
+    def __init__(
+        self,
+        comm: Communicator,
+        schedule: Schedule,
+        stages: Sequence[StageFunctions],
+        staging: Staging | None = None,
+    ) -> None:
+        self._comm = comm
+        self._staging = staging or OnHost()
+        self._rings = _rings(comm, schedule, stages, self._staging) if stages else {}
         self._receivers: dict[tuple[int, Direction, int], ReceiveChannel] = {}
         self._senders: dict[tuple[int, Direction, int], SendChannel] = {}
         self._own: dict[tuple[int, Direction], deque[Held]] = defaultdict(
@@ -52,13 +57,22 @@ class Channels:
     def open(self, steps: int) -> None:
         """Post the first receives of a stretch of `steps` steps."""
         for (edge, way, source, target), (ring, counts) in self._rings.items():
-            if source == self._rank:
+            if source == self._comm.rank:
                 self._senders[edge, way, target] = SendChannel(ring, counts)
             else:
                 self._receivers[edge, way, source] = ReceiveChannel(ring, counts, len(counts) * steps)
+        if self._staging.is_polled:
+            self._comm.meanwhile(self._progress)
+
+    def _progress(self) -> bool:
+        """Of all ends; whether there is more to do."""
+        ends: list[SendChannel | ReceiveChannel] = [*self._senders.values(), *self._receivers.values()]
+        return any([end.progress() for end in ends])  # a list: every one has its turn
 
     def close(self) -> None:
         """Wait for what is still on its way out."""
+        if self._staging.is_polled:
+            self._comm.no_longer(self._progress)
         for sender in self._senders.values():
             sender.flush()
         for receiver in self._receivers.values():
@@ -89,12 +103,13 @@ def port_of(ports: Sequence[Port], edge: int) -> Port:
 def joined(parts: Sequence[Held], device: torch.device) -> list[Tensor]:
     """Each value of the messages, one after the other; a single message on the host is not copied."""
     if len(parts) == 1:
-        return [view.to(device) for view in parts[0].views]
+        views = parts[0].views
+        return list(views) if device.type == "cpu" else [view.to(device) for view in views]
     return [torch.cat(rows).to(device) for rows in zip(*(p.views for p in parts), strict=True)]
 
 
 def _rings(
-    comm: Communicator, schedule: Schedule, stages: Sequence[StageFunctions]
+    comm: Communicator, schedule: Schedule, stages: Sequence[StageFunctions], staging: Staging
 ) -> dict[_Ends, tuple[Ring, list[int]]]:
     """A ring for every channel that ends at this rank, with the samples of its messages in order."""
     counts: dict[_Ends, list[int]] = defaultdict(list)
@@ -107,5 +122,5 @@ def _rings(
         ends = (channel.edge, channel.direction, channel.source, channel.target)
         if ends in counts:
             port = port_of([p for f in stages for p in (*f.receives, *f.sends)], channel.edge)
-            rings[ends] = (Ring(comm, channel, port.values, counts[ends]), counts[ends])
+            rings[ends] = (Ring(comm, channel, port.values, counts[ends], staging), counts[ends])
     return rings

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from .communicator import Buffer, CommunicationError, Request
 
-RESERVED_TAGS = 4  # a layer that knows no negative tags adds this to every tag
-PIECES, SIZES, OBJECTS, BARRIER = -1, -2, -3, -4
+RESERVED_TAGS = 3  # a layer that knows no negative tags adds this to every tag
+PIECES, OBJECTS, BARRIER = -1, -2, -3
 
 
 class Collectives(ABC):
     """The collective half of `Communicator`, given its point-to-point half."""
+
+    def __init__(self) -> None:
+        self._polls: list[Callable[[], bool]] = []
 
     @property
     @abstractmethod
@@ -44,30 +47,17 @@ class Collectives(ABC):
     def wait(self, requests: Sequence[Request]) -> None:
         """See `Communicator`."""
 
-    def all_to_all(self, group: tuple[int, ...], pieces: Sequence[Tensor]) -> list[Tensor]:
+    def meanwhile(self, poll: Callable[[], bool]) -> None:
         """See `Communicator`."""
-        me = _position(group, self.rank, len(pieces))
-        received = [pieces[me] if i == me else torch.empty_like(pieces[me]) for i in range(len(group))]
-        others = [i for i in range(len(group)) if i != me]
-        requests = [self.irecv(received[i], group[i], PIECES) for i in others]
-        requests += [self.isend(pieces[i], group[i], PIECES) for i in others]
-        self.wait(requests)
-        return received
+        self._polls.append(poll)
 
-    def all_gather(
-        self, group: tuple[int, ...], piece: Tensor, into: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
+    def no_longer(self, poll: Callable[[], bool]) -> None:
         """See `Communicator`."""
-        me = _position(group, self.rank, len(group) if into is None else len(into))
-        if into is None:
-            into = [piece if i == me else piece.new_empty(n) for i, n in enumerate(self._sizes(group, piece))]
-        elif into[me].data_ptr() != piece.data_ptr():
-            into[me].copy_(piece)
-        others = [i for i in range(len(group)) if i != me]
-        requests = [self.irecv(into[i], group[i], PIECES) for i in others]
-        requests += [self.isend(piece, group[i], PIECES) for i in others]
-        self.wait(requests)
-        return list(into)
+        self._polls.remove(poll)
+
+    def poll(self) -> bool:
+        """What is to be done beside messages; whether some of it is still to be done."""
+        return any([poll() for poll in self._polls])  # a list: every one has its turn
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """See `Communicator`. After the round of distance d a rank knows the values of the 2d ranks from
@@ -126,14 +116,6 @@ class Collectives(ABC):
             self.wait([self.isend(nothing, (self.rank + distance) % self.size, BARRIER), arrived])
             distance *= 2
 
-    def _sizes(self, group: tuple[int, ...], piece: Tensor) -> list[int]:
-        mine = torch.tensor([piece.numel()])
-        sizes = [mine if r == self.rank else torch.empty_like(mine) for r in group]
-        others = [i for i, r in enumerate(group) if r != self.rank]
-        requests = [self.irecv(sizes[i], group[i], SIZES) for i in others]
-        self.wait(requests + [self.isend(mine, group[i], SIZES) for i in others])
-        return [int(size) for size in sizes]
-
     def _exchange(self, outgoing: Mapping[int, bytes], sources: Sequence[int]) -> dict[int, bytes]:
         """Send bytes to some ranks and receive some from others: first the sizes, then the contents."""
         lengths = {source: torch.zeros(1, dtype=torch.int64) for source in sources}
@@ -149,11 +131,3 @@ class Collectives(ABC):
         arriving = [self.irecv(content, source, OBJECTS) for source, content in contents.items()]
         self.wait(requests[len(lengths) :] + arriving)
         return {source: content.numpy().tobytes() for source, content in contents.items()}
-
-
-def _position(group: tuple[int, ...], rank: int, pieces: int) -> int:
-    if rank not in group or len(set(group)) != len(group):
-        raise CommunicationError(f"a group needs distinct ranks and rank {rank} among them, it is {group}")
-    if pieces != len(group):
-        raise CommunicationError(f"a group of {len(group)} ranks needs as many pieces, there are {pieces}")
-    return group.index(rank)

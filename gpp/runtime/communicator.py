@@ -56,6 +56,14 @@ class Request(Protocol):
         """Whether it has finished; makes progress, never waits. Raises CommunicationError."""
 
 
+class PersistentRequest(Request, Protocol):
+    """A message that is made once and sent or received many times; one that has not been started is done."""
+
+    def start(self) -> None:
+        """Send what is in the buffer now, or receive into it; the last such message must be done. Messages of
+        one (source, tag) match in the order in which they are started."""
+
+
 class Communicator(Protocol):
     """Point-to-point messages and a few collectives among `size` ranks.
 
@@ -85,6 +93,12 @@ class Communicator(Protocol):
         """Post a receive; messages of one (source, tag) match in order. A message of another size than the
         buffer is an error."""
 
+    def send_init(self, buffer: Tensor | Buffer, target: int, tag: int) -> PersistentRequest:
+        """A send to be started many times."""
+
+    def recv_init(self, buffer: Tensor | Buffer, source: int, tag: int) -> PersistentRequest:
+        """A receive to be started many times."""
+
     def cancel(self, request: Request) -> bool:
         """Take a posted receive back; it is done afterwards. False: a message had already matched it, and
         lies in its buffer."""
@@ -92,15 +106,12 @@ class Communicator(Protocol):
     def wait(self, requests: Sequence[Request]) -> None:
         """Wait until all are done, giving the processor away while idle. Raises CommunicationError."""
 
-    def all_to_all(self, group: tuple[int, ...], pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Piece i goes to rank group[i]; returns what each member sent to this rank, in group order (its own
-        piece is not copied). Pieces addressed to the same member have the same size on every rank."""
+    def meanwhile(self, poll: Callable[[], bool]) -> None:
+        """From now on call `poll` over and over while this rank waits: what it has to do beside messages. It
+        returns whether something is still to be done, and calls nothing that waits."""
 
-    def all_gather(
-        self, group: tuple[int, ...], piece: Tensor, into: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
-        """Every member's piece, in group order; sizes may differ, the data type may not. With `into`,
-        contiguous tensors of the pieces' sizes, they are received there and no sizes are exchanged."""
+    def no_longer(self, poll: Callable[[], bool]) -> None:
+        """Stop calling `poll`."""
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's (small, picklable) object, by rank."""

@@ -2,8 +2,8 @@
 
 A waiting rank that polls burns a processor or notices late. So a rank that goes to sleep says so in memory
 that its host's ranks share, and who sends to it then rings: an empty datagram to an address that the kernel
-forgets with the process. A lost ring only makes a rank notice as late as its own next look: nothing depends on
-rings but time.
+forgets with the process. A lost ring only makes a rank notice as late as its own next look: nothing depends
+on rings but time.
 """
 
 import select

@@ -7,6 +7,8 @@ it, and which device this process should choose before, has to be known earlier.
 import os
 from collections.abc import Mapping
 
+TRACEBACK = "GPP_TRACEBACK"  # set: show the traceback of every error
+
 # The variables of each launcher, in the order of trust: mpirun inside a Slurm step inherits the step's too.
 TASKS = (
     "OMPI_COMM_WORLD_SIZE",  # Open MPI
@@ -77,6 +79,15 @@ def lonely(environment: Mapping[str, str] = os.environ, size: int = 1) -> str | 
         f"the launcher started {tasks} processes, but each is alone: mpirun and the MPI library that mpi4py "
         "loads are not of the same installation; use the mpirun that belongs to that library"
     )
+
+
+def synchronous_sends(environment: Mapping[str, str] = os.environ) -> bool:
+    """GPP_SYNCHRONOUS_SENDS=1, an aid to debugging: every send is done only when it has been received,
+    whatever room the MPI library has. Raises ValueError for other values than 0 and 1."""
+    value = environment.get("GPP_SYNCHRONOUS_SENDS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"GPP_SYNCHRONOUS_SENDS must be 0 or 1, it is {value!r}")
+    return value == "1"
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpp.plan import Plan
@@ -37,12 +39,23 @@ from gpp.trace import Activity, Span
 from .channels import Channels, Held, joined, port_of
 from .communicator import Communicator
 from .rank_state import RankState
-from .reduce import slot_sum
+from .reduce import Slots
 from .results import local_weight
 from .schedules import pieces_of
+from .staging import Staging
 
 Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
 _Piece = tuple[int, Samples]  # of a stage
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A value for each of some samples of a mini-batch, on the host."""
+
+    name: str
+    start: int
+    stop: int
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class StepOutcome:
 
     terms: Mapping[str, list[tuple[int, int, float]]]
     norm: float | None
+    predictions: Sequence[Prediction] = ()
 
 
 class Executor:
@@ -69,6 +83,7 @@ class Executor:
         state: RankState | None,
         loss: TermSum,
         device: torch.device,
+        staging: Staging | None = None,
     ) -> None:
         self.comm = comm
         self.plan = plan
@@ -89,8 +104,10 @@ class Executor:
         self.row_of = {sample: row for row, sample in enumerate(self.rows)}
         updates = [i for i, instruction in enumerate(self.program) if isinstance(instruction, Update)]
         self.last_update = updates[-1] if updates else -1
-        self.channels = Channels(comm, schedule, list(self.functions.values()))
+        self.channels = Channels(comm, schedule, list(self.functions.values()), staging)
+        self.slots = Slots()
         self.spans: list[Span] = []
+        self._positions: dict[int, tuple[NDArray[np.int64], Tensor]] = {}
 
     @property
     def own_state(self) -> RankState:
@@ -98,21 +115,37 @@ class Executor:
         assert self.state is not None
         return self.state
 
-    def run(self, step: int, batch: Batch, *, record: bool = False) -> StepOutcome:
-        """Run the program once. `step` keys random numbers; `batch` holds this rank's rows."""
-        run = _Step(self, step, batch, self.spans if record else None)
+    def position(self, step: int, start: int) -> Tensor:
+        """int64 (step, first sample): the same memory for the same samples of every step."""
+        if self.device.type != "cpu":
+            return torch.tensor([step, start], device=self.device)
+        if start not in self._positions:
+            numbers = np.array([step, start])
+            self._positions[start] = (numbers, torch.from_numpy(numbers))
+        numbers, position = self._positions[start]
+        numbers[0] = step  # not through torch, which takes ten times as long where a task is short
+        return position
+
+    def run(self, step: int, batch: Batch, *, record: bool = False, predict: bool = False) -> StepOutcome:
+        """Run the program once. `step` keys random numbers; `batch` holds this rank's rows. With `predict`
+        the predictions of its stages are kept."""
+        run = _Step(self, step, batch, self.spans if record else None, predict=predict)
         with torch.no_grad():
             for at, instruction in enumerate(self.program):
                 run.execute(at, instruction)
             run.finish()
-        return StepOutcome(run.terms, run.norm)
+        return StepOutcome(run.terms, run.norm, run.predictions)
 
 
 class _Step:
     """The state of one run of the program."""
 
-    def __init__(self, owner: Executor, step: int, batch: Batch, spans: list[Span] | None) -> None:
+    def __init__(
+        self, owner: Executor, step: int, batch: Batch, spans: list[Span] | None, *, predict: bool
+    ) -> None:
         self.owner = owner
+        self.predict = predict
+        self.predictions: list[Prediction] = []
         self.step = step
         self.batch = batch
         self.spans = spans
@@ -168,9 +201,10 @@ class _Step:
         gradient = transfer.direction is Direction.GRADIENT
         port = port_of(functions.receives if gradient else functions.sends, transfer.edge)
         values = self.gradients if gradient else self.outputs
-        start = transfer.samples.start - self.task.samples.start
-        rows = slice(start, start + len(transfer.samples))
-        carried = [values[v.name][rows] for v in port.values if v.needs_grad or not gradient]
+        carried = [values[v.name] for v in port.values if v.needs_grad or not gradient]
+        if transfer.samples != self.task.samples:
+            start = transfer.samples.start - self.task.samples.start
+            carried = [value[start : start + len(transfer.samples)] for value in carried]
         self.owner.channels.send(transfer, carried)
 
     def compute(self, task: Task) -> None:
@@ -209,6 +243,12 @@ class _Step:
         self.outputs = dict(zip((v.name for v in functions.outputs), result.outputs, strict=True))
         for name, term in zip(functions.terms, result.terms, strict=True):
             self.terms[name].append((task.samples.start, task.samples.stop, float(term)))
+        if self.predict:
+            for name, value in zip(functions.predictions, result.predictions, strict=True):
+                copy = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
+                self.predictions.append(
+                    Prediction(name, task.samples.start, task.samples.stop, copy.copy_(value))
+                )
         stage = owner.plan.stage_graph.stages[task.stage]
         if not stage.has_backward or owner.schedule.forward_only:
             self.used = kept
@@ -219,7 +259,7 @@ class _Step:
 
     def run_forward(self, task: Task, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> ForwardResult:
         owner = self.owner
-        position = torch.tensor([self.step, task.samples.start], device=owner.device)
+        position = owner.position(self.step, task.samples.start)
         run = owner.functions[task.stage].sizes[len(task.samples)]
         return run.forward(owner.own_state.arguments[task.stage], buffers, inputs, position)
 
@@ -260,7 +300,8 @@ class _Step:
         state = self.owner.own_state
         stash, kept = self.late.pop((task.stage, task.samples))
         run = self.owner.functions[task.stage].sizes[len(task.samples)]
-        state.accumulate(task.stage, run.backward_weight(state.arguments[task.stage], stash))
+        sums = state.sums[task.stage]
+        state.reach(task.stage, run.backward_weight(state.arguments[task.stage], stash, sums))
         self.used = kept
 
     def take(self, edge: int, way: Direction, samples: Samples) -> list[Held]:
@@ -284,7 +325,8 @@ class _Step:
             case Reduction.GRADIENTS:
                 state.reduce(owner.comm, instruction.group, instruction.stage, instruction.shared)
             case Reduction.LOSS_WEIGHT:
-                parts = slot_sum(owner.comm, instruction.group, [local_weight(owner.loss, self.terms)])
+                weight = local_weight(owner.loss, self.terms)
+                parts = owner.slots.gather(owner.comm, instruction.group, [weight])
                 self.weight = sum(part[0] for part in parts)
             case Reduction.NORM:
                 self.scale()

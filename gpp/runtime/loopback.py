@@ -19,6 +19,8 @@ from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_s
 
 T = TypeVar("T")
 
+LOOK = 1e-4  # seconds between two looks at what a waiting rank has to do beside messages
+
 
 class LoopbackRequest:
     """A message under way inside one process."""
@@ -43,6 +45,21 @@ class LoopbackRequest:
         source, target, tag = self.route
         what = f"send to rank {target}" if self.sending else f"receive from rank {source}"
         return f"{what} with tag {tag} ({self.data.numel()} bytes)"
+
+
+class PersistentLoopbackRequest(LoopbackRequest):
+    """A message that is posted many times."""
+
+    def __init__(self, world: "LoopbackWorld", sending: bool, route: tuple[int, int, int], data: Tensor):
+        super().__init__(world, sending, route, data)
+        self.finished = True
+
+    def start(self) -> None:
+        """See `PersistentRequest`."""
+        if not self.finished:
+            raise CommunicationError(f"a {self} is still under way: wait for it before it is started again")
+        self.finished = False
+        self.world.post(self)
 
 
 class LoopbackWorld:
@@ -124,16 +141,19 @@ class LoopbackWorld:
                 self._changed[request.route[1]].wait()
             return False
 
-    def wait(self, rank: int, requests: Sequence[LoopbackRequest]) -> None:
+    def wait(self, rank: int, requests: Sequence[LoopbackRequest], poll: Callable[[], bool]) -> None:
         """See `Communicator.wait`."""
         with self.lock:
-            self._waiting[rank] = requests
             try:
                 while not all([r.done() for r in requests]):  # a list: an error behind a slow one counts too
+                    if poll():
+                        self._changed[rank].wait(LOOK)
+                        continue
+                    self._waiting[rank] = requests
                     self._check_deadlock()
                     self._changed[rank].wait()
             finally:
-                del self._waiting[rank]
+                self._waiting.pop(rank, None)
 
     def _check_deadlock(self) -> None:
         stuck = {r: [q for q in self._waiting.get(r, ()) if not q.finished] for r in sorted(self._running)}
@@ -149,6 +169,7 @@ class LoopbackCommunicator(Collectives):
     """One rank of a `LoopbackWorld`."""
 
     def __init__(self, world: LoopbackWorld, rank: int):
+        super().__init__()
         self._world = world
         self._rank = rank
 
@@ -179,6 +200,14 @@ class LoopbackCommunicator(Collectives):
         """See `Communicator`."""
         return self._post(False, (source, self.rank, tag), buffer)
 
+    def send_init(self, buffer: Tensor | Buffer, target: int, tag: int) -> PersistentLoopbackRequest:
+        """See `Communicator`."""
+        return PersistentLoopbackRequest(self._world, True, (self.rank, target, tag), _bytes(buffer))
+
+    def recv_init(self, buffer: Tensor | Buffer, source: int, tag: int) -> PersistentLoopbackRequest:
+        """See `Communicator`."""
+        return PersistentLoopbackRequest(self._world, False, (source, self.rank, tag), _bytes(buffer))
+
     def cancel(self, request: Request) -> bool:
         """See `Communicator`."""
         found = cast(LoopbackRequest, request)
@@ -188,7 +217,7 @@ class LoopbackCommunicator(Collectives):
 
     def wait(self, requests: Sequence[Request]) -> None:
         """See `Communicator`."""
-        self._world.wait(self.rank, cast(Sequence[LoopbackRequest], requests))
+        self._world.wait(self.rank, cast(Sequence[LoopbackRequest], requests), self.poll)
 
     def abort(self, code: int) -> NoReturn:
         """See `Communicator`."""
@@ -196,10 +225,13 @@ class LoopbackCommunicator(Collectives):
         raise CommunicationError(f"rank {self.rank} ended the job with code {code}")
 
     def _post(self, sending: bool, route: tuple[int, int, int], buffer: Tensor | Buffer) -> LoopbackRequest:
-        data = buffer.bytes if isinstance(buffer, Buffer) else as_bytes(buffer)
-        request = LoopbackRequest(self._world, sending, route, data)
+        request = LoopbackRequest(self._world, sending, route, _bytes(buffer))
         self._world.post(request)
         return request
+
+
+def _bytes(buffer: Tensor | Buffer) -> Tensor:
+    return buffer.bytes if isinstance(buffer, Buffer) else as_bytes(buffer)
 
 
 def run(

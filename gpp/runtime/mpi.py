@@ -5,17 +5,17 @@ import os
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
+from weakref import WeakSet
 
 from torch import Tensor
 
 from .collectives import RESERVED_TAGS, Collectives
 from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
 from .doorbell import Doorbell
-from .environment import lonely
+from .environment import lonely, synchronous_sends
 
 try:
     from mpi4py import MPI
@@ -25,7 +25,9 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
     ) from error
 
 SPIN = 20e-3  # seconds of polling before a waiting rank sleeps
-BUSY = 300e-6  # a yield that takes so long: somebody else wants the processor, and polling ends at once
+CROWD = 4  # ranks for each processor of the host; with more of them polling is what takes the time,
+BRIEF = 50e-6  # so that they poll no longer than this
+BUSY = 25e-6  # a yield that takes so long: somebody else wants the processor, and polling ends at once
 RUNG = 5e-3  # seconds that a rank sleeps where the sender rings
 LONGEST_SLEEP = 500e-6  # where nobody rings: other hosts, and what goes out, which MPI pushes on when polled
 PATIENCE = 0.1  # then sleep this part of the time waited so far: noticed at most so much too late
@@ -60,22 +62,70 @@ class MpiRequest:
             raise wrong_size(self.route, found, expected)
 
 
+class PersistentMpiRequest(MpiRequest):
+    """One of MPI's persistent requests. The communicator frees it: when it closes, or sooner if nobody else
+    has any use for it."""
+
+    def __init__(
+        self,
+        owner: "MpiCommunicator",
+        request: MPI.Request,
+        buffer: Buffer,
+        route: tuple[int, int, int],
+        sending: bool,
+    ):
+        super().__init__(request, buffer, route, sending)
+        self.owner = owner
+        self.finished = True
+
+    def start(self) -> None:
+        """See `PersistentRequest`."""
+        if not self.finished:
+            source, target, tag = self.route
+            raise CommunicationError(
+                f"the message from rank {source} to rank {target} with tag {tag} is still under way: wait "
+                "for it before it is started again"
+            )
+        self.finished = False
+        try:
+            cast(MPI.Prequest, self.request).Start()
+        except MPI.Exception as error:
+            raise _failed(error, self.route) from error
+        if self.sending:
+            self.owner.follow(self)
+
+    def __del__(self) -> None:
+        if self.finished:  # freed later: this may be another thread, where MPI is not to be called
+            self.owner.dropped.append(self.request)
+
+
 class MpiCommunicator(Collectives):
     """`Communicator` over a communicator of mpi4py, which it owns.
 
-    `job` names it among those of the machine: it is the same on all ranks.
+    `job` names it among those of the machine: it is the same on all ranks. With `synchronous` every send is
+    one of MPI's synchronous ones, which are done only when they are received: a program that relies on the
+    library's own buffers then hangs where it would otherwise hang with longer messages. `device_memory`: the
+    library takes addresses of device memory.
     """
 
-    def __init__(self, comm: MPI.Intracomm, hosts: tuple[str, ...], job: str):
+    def __init__(self, comm: MPI.Intracomm, hosts: tuple[str, ...], job: str, *, synchronous: bool = False):
+        super().__init__()
         self._comm = comm
+        self._synchronous = synchronous
+        self.device_memory = False
+        self._busy = False  # with what is polled beside messages
+        self.dropped: list[MPI.Request] = []  # persistent requests that nobody has any more
+        self._persistent: WeakSet[PersistentMpiRequest] = WeakSet()
         self._hosts = hosts
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
+        crowded = hosts.count(hosts[self._rank]) > CROWD * (os.cpu_count() or 1)
+        self._spin = BRIEF if crowded else SPIN
         self._near = tuple(host == hosts[self._rank] for host in hosts)
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, key=self._rank))
         self._bell = Doorbell(job, self._rank, _shared_bytes(node, job, self._size))
         node.Free()
-        self._going: deque[MpiRequest] = deque()  # sends that had not left when they were last seen
+        self._going: dict[MpiRequest, None] = {}  # sends that had not left when they were last seen
 
     @property
     def rank(self) -> int:
@@ -92,10 +142,15 @@ class MpiCommunicator(Collectives):
         """See `Communicator`."""
         return self._hosts
 
+    @property
+    def library(self) -> str:
+        """What the MPI library says of itself."""
+        return MPI.Get_library_version().strip()
+
     def prepare(self, tensor: Tensor) -> Buffer:
         """See `Communicator`. Messages are bytes: MPI has no bfloat16, and no sum is left to it."""
         data = as_bytes(tensor)
-        if data.device.type != "cpu":
+        if data.device.type != "cpu" and not self.device_memory:
             raise CommunicationError(f"MPI is given host memory only, this tensor is on {data.device}")
         memory = MPI.buffer.fromaddress(data.data_ptr(), data.numel())
         return Buffer(data, [memory, data.numel(), MPI.BYTE])
@@ -104,15 +159,13 @@ class MpiCommunicator(Collectives):
         """See `Communicator`."""
         message = buffer if isinstance(buffer, Buffer) else self.prepare(buffer)
         route = (self._rank, target, tag)
+        send = self._comm.Issend if self._synchronous else self._comm.Isend
         try:
-            request = self._comm.Isend(message.handle, target, tag + RESERVED_TAGS)
+            request = send(message.handle, target, tag + RESERVED_TAGS)
         except MPI.Exception as error:
             raise _failed(error, route) from error
         sent = MpiRequest(request, message, route, sending=True)
-        if not sent.done():
-            self._going.append(sent)
-        if self._near[target]:
-            self._bell.ring(target)
+        self.follow(sent)
         return sent
 
     def irecv(self, buffer: Tensor | Buffer, source: int, tag: int) -> MpiRequest:
@@ -125,6 +178,50 @@ class MpiCommunicator(Collectives):
         except MPI.Exception as error:
             raise _failed(error, route) from error
         return MpiRequest(request, message, route, sending=False)
+
+    def send_init(self, buffer: Tensor | Buffer, target: int, tag: int) -> PersistentMpiRequest:
+        """See `Communicator`."""
+        message = buffer if isinstance(buffer, Buffer) else self.prepare(buffer)
+        route = (self._rank, target, tag)
+        make = self._comm.Ssend_init if self._synchronous else self._comm.Send_init
+        try:
+            request = make(message.handle, target, tag + RESERVED_TAGS)
+        except MPI.Exception as error:
+            raise _failed(error, route) from error
+        return self._kept(PersistentMpiRequest(self, request, message, route, sending=True))
+
+    def recv_init(self, buffer: Tensor | Buffer, source: int, tag: int) -> PersistentMpiRequest:
+        """See `Communicator`; and `irecv` about sizes."""
+        message = buffer if isinstance(buffer, Buffer) else self.prepare(buffer)
+        route = (source, self._rank, tag)
+        try:
+            request = self._comm.Recv_init(message.handle, source, tag + RESERVED_TAGS)
+        except MPI.Exception as error:
+            raise _failed(error, route) from error
+        return self._kept(PersistentMpiRequest(self, request, message, route, sending=False))
+
+    def _kept(self, made: PersistentMpiRequest) -> PersistentMpiRequest:
+        self._free_dropped()
+        self._persistent.add(made)
+        return made
+
+    def _free_dropped(self) -> None:
+        while self.dropped:
+            self.dropped.pop().Free()
+
+    def follow(self, sent: MpiRequest) -> None:
+        """What comes after the start of a send: look after it until it has left, and wake who waits for
+        it."""
+        if not sent.done():
+            self._forget_gone()
+            self._going[sent] = None
+        target = sent.route[1]
+        if self._near[target]:
+            self._bell.ring(target)
+
+    def _forget_gone(self) -> None:
+        while self._going and (first := next(iter(self._going))).done():
+            del self._going[first]
 
     def cancel(self, request: Request) -> bool:
         """See `Communicator`."""
@@ -141,11 +238,11 @@ class MpiCommunicator(Collectives):
     def wait(self, requests: Sequence[Request]) -> None:
         """See `Communicator`. Polls, since MPI has no other way to wait; goes to sleep when it takes long or
         the processor is wanted: there may be more ranks than cores."""
-        pending = [r for r in requests if not r.done()]
+        pending = self._unfinished(requests)
         start = now = time.perf_counter()
-        while pending and now - start < SPIN:
+        while pending and now - start < self._spin:
             os.sched_yield()
-            pending = [r for r in pending if not r.done()]
+            pending = self._unfinished(pending)
             before, now = now, time.perf_counter()
             if now - before > BUSY:
                 break
@@ -154,16 +251,21 @@ class MpiCommunicator(Collectives):
 
     def _sleep_until(self, pending: list[Request], start: float) -> None:
         self._bell.lie_down()
-        while pending := [r for r in pending if not r.done()]:
+        while pending := self._unfinished(pending):
             waited = time.perf_counter() - start
             self._bell.sleep(RUNG if self._is_rung_for(pending) else min(PATIENCE * waited, LONGEST_SLEEP))
         self._bell.get_up()
 
+    def _unfinished(self, requests: Sequence[Request]) -> list[Request]:
+        if self._polls:
+            self._busy = self.poll()
+        return [r for r in requests if not r.done()]
+
     def _is_rung_for(self, pending: Sequence[Request]) -> bool:
-        """Whether all that is awaited rings, and nothing on its way out needs to be pushed on."""
-        while self._going and self._going[0].done():
-            self._going.popleft()
-        return not self._going and all(
+        """Whether all that is awaited rings, and nothing else needs to be pushed on."""
+        self._forget_gone()
+        others = self._going or (self._polls and self._busy)
+        return not others and all(
             not r.sending and self._near[r.route[0]] for r in cast(Sequence[MpiRequest], pending)
         )
 
@@ -188,6 +290,9 @@ class MpiCommunicator(Collectives):
         """Give the communicator back, once nothing is under way; called by all ranks."""
         self.barrier()
         self._bell.close()
+        for request in self._persistent:
+            request.request.Free()
+        self._free_dropped()
         self._comm.Free()
 
 
@@ -201,6 +306,10 @@ def connect() -> MpiCommunicator:
     error = lonely(size=world.Get_size())
     if error is not None:
         raise CommunicationError(error)
+    try:
+        synchronous = synchronous_sends()
+    except ValueError as problem:
+        raise CommunicationError(str(problem)) from problem
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     first = node.bcast(world.Get_rank())  # names a host better than its name: containers may share that
     place = (first, node.Get_rank())
@@ -209,13 +318,17 @@ def connect() -> MpiCommunicator:
     hosts = tuple(name for _, _, name in sorted(places))
     comm = cast(MPI.Intracomm, world.Split(0, key=sorted(p[:2] for p in places).index(place)))
     job = comm.bcast(f"{os.getpid()}-{time.time_ns()}")
-    return MpiCommunicator(comm, _distinct(tuple(first for first, _, _ in sorted(places)), hosts), job)
+    hosts = _distinct(tuple(first for first, _, _ in sorted(places)), hosts)
+    return MpiCommunicator(comm, hosts, job, synchronous=synchronous)
 
 
 def _shared_bytes(node: MPI.Intracomm, job: str, count: int) -> mmap.mmap:
-    """Bytes, 0 at first, that the ranks of a host share; their file's name is gone before anybody can fail."""
+    """Bytes, 0 at first, that the ranks of a host share; their file's name is gone before anybody can fail.
+
+    Hosts that are containers may see one another's files: each has a name of its own.
+    """
     folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-    file = folder / f"gpp-{job}"
+    file = folder / f"gpp-{job}-{node.bcast(os.urandom(8).hex())}"
     if node.Get_rank() == 0:
         file.write_bytes(bytes(count))
     node.Barrier()

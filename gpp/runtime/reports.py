@@ -9,7 +9,7 @@ from torch import Tensor
 from gpp.program.stage import StageProgram
 from gpp.schedule.task import Report, Samples, Schedule
 
-from .communicator import Communicator, Request
+from .communicator import Communicator, PersistentRequest
 from .executor import StepOutcome
 from .schedules import pieces_of
 
@@ -35,46 +35,49 @@ class Reports:
         self, comm: Communicator, schedule: Schedule, programs: Sequence[StageProgram], tag: int
     ) -> None:
         self.comm = comm
-        self.tag = tag
-        mine = _own(comm.rank, schedule, programs)
-        self._sources = [s for s in comm.all_gather_object(mine) if s is not None]
-        self._mine = mine
-        self._under_way: Request | None = None
-        self._table: Tensor | None = None
+        self._mine = _own(comm.rank, schedule, programs)
+        self._sources = [s for s in comm.all_gather_object(self._mine) if s is not None]
+        self._tables: dict[int, Tensor] = {}  # by rank, of those whose messages pass here
+        self._requests: list[PersistentRequest] = []
+        for source in self._sources:
+            if source.rank != COLLECTOR and comm.rank in (source.rank, COLLECTOR):
+                table = self._tables[source.rank] = torch.empty(source.count, dtype=torch.float64)
+                if comm.rank == COLLECTOR:
+                    self._requests.append(comm.recv_init(table, source.rank, tag))
+                else:
+                    self._requests.append(comm.send_init(table, COLLECTOR, tag))
 
     def exchange(self, outcome: StepOutcome) -> Mapping[str, list[tuple[int, int, float]]]:
         """Send this rank's terms; on rank 0 wait for everyone's and return them (elsewhere nothing)."""
         if self.comm.rank != COLLECTOR:
-            if self._mine is not None:
-                self._send(outcome)
+            self._send(outcome)
             return {}
-        tables = {
-            s.rank: torch.empty(s.count, dtype=torch.float64) for s in self._sources if s.rank != COLLECTOR
-        }
-        self.comm.wait([self.comm.irecv(table, rank, self.tag) for rank, table in tables.items()])
+        for request in self._requests:
+            request.start()
+        self.comm.wait(self._requests)
         found: dict[str, list[tuple[int, int, float]]] = {
             name: list(values) for name, values in outcome.terms.items()
         }
         for source in self._sources:
             if source.rank == COLLECTOR:
                 continue
-            values = iter(tables[source.rank].tolist())
+            values = iter(self._tables[source.rank].tolist())
             for name, pieces in source.terms:
                 found.setdefault(name, []).extend((p.start, p.stop, next(values)) for p in pieces)
         return found
 
     def _send(self, outcome: StepOutcome) -> None:
-        assert self._mine is not None
+        if self._mine is None:
+            return
         self.flush()
         values = [value for name, _ in self._mine.terms for _, _, value in outcome.terms[name]]
-        self._table = torch.tensor(values, dtype=torch.float64)
-        self._under_way = self.comm.isend(self._table, COLLECTOR, self.tag)
+        self._tables[self.comm.rank].numpy()[:] = values
+        for request in self._requests:
+            request.start()
 
     def flush(self) -> None:
         """Wait until the last message has been taken."""
-        if self._under_way is not None:
-            self.comm.wait([self._under_way])
-            self._under_way = None
+        self.comm.wait(self._requests)
 
 
 def _own(rank: int, schedule: Schedule, programs: Sequence[StageProgram]) -> _Source | None:

@@ -26,6 +26,12 @@ class Total:
         return self.value / self.weight if self.weight else float("nan")
 
 
+def add_up(totals: dict[str, Total], more: Mapping[str, Total]) -> None:
+    """Add results to those of the same names, in place."""
+    for name, total in more.items():
+        totals[name] = totals.get(name, Total(0.0, 0.0)) + total
+
+
 def combine(result: TermSum, terms: Terms, samples: int) -> Total:
     """A result over `samples` samples from its terms' values on pieces of them.
 

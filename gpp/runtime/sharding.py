@@ -5,7 +5,7 @@ everything: the gradients are summed on all of them as ever, each parameter is u
 then handed to the others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from gpp.plan import StageGraph, shared_out
 from gpp.program.stage import StageProgram
 
 from .communicator import Communicator
+from .exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,42 @@ def share_out(
     return Sharding(group, owner)
 
 
-def hand_round(comm: Communicator, sharding: Sharding, parameters: Mapping[str, Tensor]) -> None:
-    """Every owner's parameters to the other replicas, in place. Called by all of the group."""
-    for dtype in dict.fromkeys(parameters[name].dtype for name in sharding.owner):
-        owned: dict[int, list[Tensor]] = {rank: [] for rank in sharding.group}
-        for name, rank in sharding.owner.items():
-            if parameters[name].dtype == dtype:
-                owned[rank].append(parameters[name].detach())
-        mine = torch.cat([torch.empty(0, dtype=dtype), *(p.flatten().cpu() for p in owned[comm.rank])])
-        pieces = [torch.empty(sum(p.numel() for p in owned[rank]), dtype=dtype) for rank in sharding.group]
-        arrived = comm.all_gather(sharding.group, mine, into=pieces)
-        for rank, piece in zip(sharding.group, arrived, strict=True):
-            start = 0
-            for p in owned[rank]:
-                if rank != comm.rank:
-                    p.copy_(piece[start : start + p.numel()].view(p.shape))
-                start += p.numel()
+class HandRound:
+    """Every owner's parameters to the other replicas, in place, as often as it is run. All make it."""
+
+    def __init__(self, comm: Communicator, sharding: Sharding, parameters: Mapping[str, Tensor]) -> None:
+        self._rank = comm.rank
+        self._rounds: list[tuple[Exchange, list[tuple[int, Tensor, Tensor]]]] = []
+        for dtype in dict.fromkeys(parameters[name].dtype for name in sharding.owner):
+            owned: dict[int, list[Tensor]] = {rank: [] for rank in sharding.group}
+            for name, rank in sharding.owner.items():
+                if parameters[name].dtype == dtype:
+                    owned[rank].append(parameters[name].detach())
+            pieces = [torch.empty(sum(p.numel() for p in owned[r]), dtype=dtype) for r in sharding.group]
+            mine = pieces[sharding.group.index(comm.rank)]
+            exchange = Exchange(comm, sharding.group, [mine] * len(pieces), pieces)
+            places = [
+                (rank, parameter, place)
+                for rank, piece in zip(sharding.group, pieces, strict=True)
+                for parameter, place in _places(owned[rank], piece)
+            ]
+            self._rounds.append((exchange, places))
+
+    def run(self) -> None:
+        """Hand round what the parameters are now."""
+        for exchange, places in self._rounds:
+            for rank, parameter, place in places:
+                if rank == self._rank:
+                    place.copy_(parameter)
+            exchange.run()
+            for rank, parameter, place in places:
+                if rank != self._rank:
+                    parameter.copy_(place)
+
+
+def _places(parameters: Sequence[Tensor], piece: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where each parameter lies in its owner's piece."""
+    start = 0
+    for parameter in parameters:
+        yield parameter, piece[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()

@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import mean, median
 
 import torch
+from torch import Tensor
 
 from gpp.plan import Plan
 from gpp.program.stage import Results, StageProgram
@@ -14,12 +17,15 @@ from gpp.trace import Span, Trace
 
 from .communicator import Communicator
 from .data import Batches, Dataset, evaluation_batches
-from .executor import Executor
+from .executor import Batch, Executor
+from .gathering import gathered
 from .neighbors import check_neighbors
 from .prefetch import Prefetcher
+from .rank_state import RankState
 from .reports import COLLECTOR, Reports
-from .results import Total, check_labels, combine
+from .results import Total, add_up, check_labels, combine
 from .schedules import Schedules
+from .staging import Staging
 from .state import StageState
 
 TRACED_STEPS = 3
@@ -36,6 +42,7 @@ class StepRecord:
     samples_per_second: float
     metrics: Mapping[str, float]
     norm: float | None
+    learning_rate: float | None
 
 
 @dataclass
@@ -70,10 +77,11 @@ class Trainer:
         evaluation: Plan,
         lowered: Schedules,
         programs: Sequence[StageProgram],
-        state: StageState | None,
+        state: RankState | None,
         train: Results,
         evaluate: Results,
         device: torch.device,
+        staging: Staging | None = None,
     ) -> None:
         self.comm = comm
         self.plan = plan
@@ -81,21 +89,38 @@ class Trainer:
         self.train_results = train
         self.evaluate_results = evaluate
         self.device = device
+        self.staging = staging
         self.programs = programs
         self.measured = Measured()
         self._spans: list[Span] = []
         self._zero = 0.0
         check_neighbors(comm, plan.stage_graph, lowered.train, [p.train for p in programs])
-        self._train = self._runner(plan, lowered.train, train, 0)
-        self._evaluate = {
-            size: self._runner(evaluation, schedule, evaluate, 1 + i)
-            for i, (size, schedule) in enumerate(lowered.evaluate.items())
-        }
+        self._train = self._runner(plan, lowered.train, train, 0, programs)
+        self._evaluation = evaluation
+        self._evaluate: dict[int, _Runner] = {}
+        for size, schedule in lowered.evaluate.items():
+            self.prepare(size, schedule, programs)
 
-    def _runner(self, plan: Plan, schedule: Schedule, results: Results, number: int) -> "_Runner":
-        executor = Executor(self.comm, plan, schedule, self.programs, self.state, results.loss, self.device)
+    def prepare(self, size: int, schedule: Schedule, programs: Sequence[StageProgram]) -> None:
+        """Be ready to evaluate `size` samples at once; `programs` are those of the rank's stages, with
+        evaluation functions of the schedule's sizes."""
+        number = 1 + len(self._evaluate)
+        self._evaluate[size] = self._runner(
+            self._evaluation, schedule, self.evaluate_results, number, programs
+        )
+
+    def _runner(
+        self,
+        plan: Plan,
+        schedule: Schedule,
+        results: Results,
+        number: int,
+        programs: Sequence[StageProgram],
+    ) -> "_Runner":
+        loss, device = results.loss, self.device
+        executor = Executor(self.comm, plan, schedule, programs, self.state, loss, device, self.staging)
         tag = 2 * (len(self.plan.stage_graph.edges) + len(plan.stage_graph.edges)) + number
-        return _Runner(executor, Reports(self.comm, schedule, self.programs, tag))
+        return _Runner(executor, Reports(self.comm, schedule, programs, tag))
 
     def fit(
         self,
@@ -106,9 +131,10 @@ class Trainer:
         on_step: Callable[[StepRecord], None],
         *,
         trace: bool = True,
+        prefetch: int = 2,
     ) -> None:
         """Train steps [start, stop); `on_step` is called on rank 0 after each. The last TRACED_STEPS steps
-        are recorded if `trace`."""
+        are recorded if `trace`. Data are read up to `prefetch` steps ahead."""
         if start >= stop:
             return
         runner = self._train
@@ -116,7 +142,7 @@ class Trainer:
         self.comm.barrier()
         self._zero = time.perf_counter()
         runner.executor.channels.open(stop - start)
-        with Prefetcher(dataset, keys, lambda step: batches.at(step)[rows], start, stop) as reader:
+        with Prefetcher(dataset, keys, lambda step: batches.at(step)[rows], start, stop, prefetch) as reader:
             before = time.perf_counter()
             for step in range(start, stop):
                 batch = {key: value.to(self.device) for key, value in reader.next().items()}
@@ -126,18 +152,97 @@ class Trainer:
                     now = time.perf_counter()
                     seconds, before = now - before, now
                     self.measured.step_seconds.append(seconds)
-                    on_step(self._record(step, terms, seconds, outcome.norm))
+                    on_step(self._record(step, terms, seconds))
+                if isinstance(self.state, StageState):
+                    self.state.advance()
         runner.close()
         self._spans = runner.executor.spans
+
+    def step(self, number: int, batch: Batch) -> StepRecord | None:
+        """One training step, on this rank's rows and keys of a whole mini-batch; its record on rank 0.
+        `number` keys random numbers. The last TRACED_STEPS steps are recorded."""
+        runner = self._train
+        own = self._own(runner, batch)
+        if not self.measured.step_seconds:
+            self._zero = time.perf_counter()
+        before = time.perf_counter()
+        runner.executor.channels.open(1)
+        terms = runner.reports.exchange(runner.executor.run(number, own, record=True))
+        runner.close()
+        if isinstance(self.state, StageState):
+            self.state.advance()
+        spans = runner.executor.spans
+        spans[:] = [span for span in spans if span.step > number - TRACED_STEPS]
+        self._spans = spans
+        if self.comm.rank != COLLECTOR:
+            return None
+        seconds = time.perf_counter() - before
+        self.measured.step_seconds.append(seconds)
+        return self._record(number, terms, seconds)
+
+    def _own(self, runner: "_Runner", batch: Batch) -> Batch:
+        """The rank's rows and keys of a batch, on its device."""
+        rows, keys = runner.executor.rows, runner.executor.keys
+        whole = slice(rows[0], rows[-1] + 1) if rows and rows[-1] - rows[0] == len(rows) - 1 else rows
+        return {key: batch[key][whole].to(self.device) for key in keys}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What this rank reads of a training batch."""
+        return self._train.executor.keys
+
+    def evaluation_keys(self, size: int) -> tuple[str, ...]:
+        """What this rank reads of an evaluation batch of `size` samples."""
+        return self._evaluate[size].executor.keys
+
+    def evaluate_batch(self, size: int, batch: Batch, *, averaged: bool = False) -> dict[str, Total]:
+        """Loss and metrics of a batch of `size` samples; on rank 0 (elsewhere empty)."""
+        runner = self._evaluate[size]
+        with self._averaged(averaged):
+            runner.executor.channels.open(1)
+            found = self._totals(runner, self._own(runner, batch), size)
+            runner.close()
+        return found
+
+    def predict_batch(self, size: int, batch: Batch, *, averaged: bool = False) -> dict[str, Tensor]:
+        """Predictions for the `size` samples of a batch, in their order; on rank 0 (elsewhere empty)."""
+        runner = self._evaluate[size]
+        with self._averaged(averaged):
+            runner.executor.channels.open(1)
+            outcome = runner.executor.run(0, self._own(runner, batch), predict=True)
+            runner.reports.exchange(outcome)
+            runner.close()
+        parts = [((p.name, p.start), p.value) for p in outcome.predictions]
+        found: dict[str, dict[int, Tensor]] = {}
+        for (name, start), value in gathered(self.comm, self._tag, parts):
+            found.setdefault(name, {})[start] = value
+        return {name: torch.cat([pieces[at] for at in sorted(pieces)]) for name, pieces in found.items()}
+
+    def weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """Parameters and buffers of all stages by full name, on the host; on rank 0 (elsewhere empty)."""
+        state = self._own_state
+        with self._averaged(averaged):
+            mine = {} if state is None else {**state.parameters, **state.buffers}
+            parts = [(name, value.detach().cpu().contiguous()) for name, value in mine.items()]
+            found: dict[str, Tensor] = {}
+            for name, value in gathered(self.comm, self._tag, parts):
+                if name not in found:  # a replica's, or a tied parameter's, are the same
+                    found[name] = value.clone() if name in mine else value
+            return found
+
+    @property
+    def _tag(self) -> int:
+        """Of messages that are over before the next ones begin."""
+        return 4 * len(self.plan.stage_graph.edges)
 
     def _record(
         self,
         step: int,
         terms: Mapping[str, Sequence[tuple[int, int, float]]],
         seconds: float,
-        norm: float | None,
     ) -> StepRecord:
         samples = self.plan.mini_batch
+        state = self._own_state
         check_labels(self.train_results, terms)
         return StepRecord(
             step=step,
@@ -145,31 +250,55 @@ class Trainer:
             seconds=seconds,
             samples_per_second=samples / seconds,
             metrics={m.name: combine(m, terms, samples).mean for m in self.train_results.metrics},
-            norm=norm,
+            norm=None if state is None else state.norm,
+            learning_rate=None if state is None else state.learning_rate,
         )
 
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Loss and metrics over all samples, each counted once; on rank 0 (elsewhere empty)."""
+    def evaluate(self, dataset: Dataset, *, averaged: bool = False) -> dict[str, float]:
+        """Loss and metrics over all samples, each counted once; on rank 0 (elsewhere empty).
+
+        With `averaged` of the weights' moving averages, and the buffers as they are."""
+        with self._averaged(averaged):
+            return self._evaluated(dataset)
+
+    def _averaged(self, averaged: bool) -> AbstractContextManager[None]:
+        state = self._own_state
+        return state.averaged() if averaged and state is not None else nullcontext()
+
+    @property
+    def _own_state(self) -> StageState | None:
+        """The state with real weights, if the rank has some."""
+        return self.state if isinstance(self.state, StageState) else None
+
+    @property
+    def norm(self) -> float | None:
+        """The global norm of the last step's gradients, if it was asked for and the rank has a stage."""
+        state = self._own_state
+        return None if state is None else state.norm
+
+    def _evaluated(self, dataset: Dataset) -> dict[str, float]:
         totals: dict[str, Total] = {}
-        results = (self.evaluate_results.loss, *self.evaluate_results.metrics)
         batches = evaluation_batches(len(dataset), self.plan.mini_batch)
         for size in sorted({len(b) for b in batches}, reverse=True):
             group = [b for b in batches if len(b) == size]
             runner = self._evaluate[size]
             rows = runner.executor.rows
             runner.executor.channels.open(len(group))
-            reads = [[batch[i] for i in rows] for batch in group]
-            with Prefetcher(dataset, runner.executor.keys, reads.__getitem__, 0, len(group)) as reader:
+            part = partial(_samples, group, rows)
+            with Prefetcher(dataset, runner.executor.keys, part, 0, len(group)) as reader:
                 for _ in group:
                     batch = {key: value.to(self.device) for key, value in reader.next().items()}
-                    terms = runner.reports.exchange(runner.executor.run(0, batch))
-                    if self.comm.rank == COLLECTOR:
-                        check_labels(self.evaluate_results, terms)
-                        for result in results:
-                            found = combine(result, terms, size)
-                            totals[result.name] = totals.get(result.name, Total(0.0, 0.0)) + found
+                    add_up(totals, self._totals(runner, batch, size))
             runner.close()
         return {name: total.mean for name, total in totals.items()}
+
+    def _totals(self, runner: "_Runner", batch: Batch, size: int) -> dict[str, Total]:
+        terms = runner.reports.exchange(runner.executor.run(0, batch))
+        if self.comm.rank != COLLECTOR:
+            return {}
+        check_labels(self.evaluate_results, terms)
+        results = (self.evaluate_results.loss, *self.evaluate_results.metrics)
+        return {result.name: combine(result, terms, size) for result in results}
 
     def trace(self) -> Trace:
         """The measured trace of the last recorded steps, complete on rank 0. Called by all ranks."""
@@ -185,6 +314,11 @@ class Trainer:
             mini_batch=self.plan.mini_batch,
             stage_names=tuple(stage.name for stage in self.plan.stage_graph.stages),
         )
+
+
+def _samples(batches: Sequence[range], rows: Sequence[int], number: int) -> list[int]:
+    """The samples at `rows` of a batch."""
+    return [batches[number][row] for row in rows]
 
 
 @dataclass(frozen=True)

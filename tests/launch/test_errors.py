@@ -40,7 +40,12 @@ REPLAY = ("cluster.devices=2", "train.mini_batch=16", "plan=planned/plan.json")
 CASES = {
     "model": train("model=nope", says=("Could not find 'model/nope'", "mmt")),
     "data": train("data=nope", says=("Could not find 'data/nope'", "stdlib")),
-    "transport": train("transport=device", says=("Could not find 'transport/device'", "auto; host")),
+    "transport": train("transport=pigeon", says=("Could not find 'transport/pigeon'", "auto; device; host")),
+    "device transport": train(
+        "transport=device",
+        "device=cpu",
+        says=("transport=device hands device memory to MPI", "transport=host"),
+    ),
     "key": train("train.stepz=3", says=("'train.stepz'", "there are steps, mini_batch")),
     "added key": train("+train.stepz=3", says=("there is no key train.stepz", "train has steps")),
     "no assignment": train("steps", says=("Error parsing override 'steps'",)),

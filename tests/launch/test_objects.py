@@ -7,7 +7,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from launch.objects import chosen, dataset, locate, model_builder, optimizer_factor, optimizer_maker
+from gpp.api.optimizer import optimizer_factor
+from launch.objects import chosen, dataset, locate, model_builder
+from launch.optimizers import optimizer_maker
 from launch.plans import state_factor
 from launch.settings import SettingsError
 

@@ -7,8 +7,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from gpp.api.optimizer import optimizer_factor
 from gpp.capture.export import CaptureError
-from launch.optimizers import OptimizerMaker, optimizer_factor, optimizer_maker, scheduler_maker
+from launch.optimizers import OptimizerMaker, optimizer_maker, scheduler_maker
 from launch.settings import SettingsError
 from launch.start import CONF
 from tests.equality import models
@@ -77,7 +78,7 @@ def test_groups_that_cannot_be(more: dict[str, Any], message: str) -> None:
 
 
 def test_an_optimizer_that_wants_the_loss_again() -> None:
-    with pytest.raises(SettingsError, match=r"LBFGS.step cannot be called without arguments"):
+    with pytest.raises(ValueError, match=r"LBFGS.step cannot be called without arguments"):
         optimizer_factor(optimizer_maker({"_target_": "torch.optim.LBFGS"}))
 
 

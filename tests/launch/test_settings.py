@@ -4,11 +4,11 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from launch import settings
-from launch.settings import SettingsError, check_choices, check_keys
+from launch.settings import SettingsError, WeightFile, check_choices, check_keys
 from launch.start import CONF
 
 GROUPS = ("model/mmt", "data/stdlib", "cluster/local", "cost/roofline", "planner/graphpipe", "schedule/1f1b")
-GROUPS += ("kernels/eager", "transport/auto", "optimizer/adamw")
+GROUPS += ("kernels/eager", "transport/auto", "optimizer/adamw", "lr_scheduler/none", "precision/fp32")
 
 
 def configuration(**changes: Any) -> DictConfig:
@@ -52,6 +52,15 @@ def test_the_default_configuration_is_valid() -> None:
         ("train__verify", "yes", "train.verify must be true or false"),
         ("train__seed", -1, "train.seed"),
         ("train__log_every", 0, "train.log_every"),
+        ("train__accumulate", 0, "train.accumulate must be a whole number of at least 1"),
+        ("train__ema", 1.0, "train.ema, the decay of the moving average, must be between 0 and 1, it is 1"),
+        ("train__log_norm", "no", "train.log_norm must be true or false"),
+        ("train__init_strict", 1, "train.init_strict must be true or false"),
+        ("train__freeze", [3], "train.freeze must be a list of patterns"),
+        ("train__init_from", 3, "train.init_from must be a safetensors file, {prefix: file, ...}, or a list"),
+        ("train__init_from", [{"prefix": "a."}], "train.init_from must be a safetensors file"),
+        ("train__init_from", [{"file": "a", "rename": "b"}], "train.init_from must be a safetensors file"),
+        ("train__prefetch", 0, "train.prefetch"),
     ],
 )
 def test_train_settings_say_key_rule_and_value(key: str, value: Any, message: str) -> None:
@@ -76,7 +85,39 @@ def test_models_data_and_optimizers_may_have_any_key() -> None:
     check_keys(configuration(model__depth=3, data__path="x", optimizer__fused=True, width=64))
 
 
-@pytest.mark.parametrize("key", ["kernels__name", "transport__name", "device"])
+@pytest.mark.parametrize(
+    "value, files",
+    [
+        (None, ()),
+        ("a.safetensors", (WeightFile("a.safetensors"),)),
+        ({"text.": "a", "image.": "b"}, (WeightFile("a", "text."), WeightFile("b", "image."))),
+        (["a", {"file": "b", "prefix": "p.", "strip": "s."}], (WeightFile("a"), WeightFile("b", "p.", "s."))),
+    ],
+)
+def test_weights_come_from_files_in_several_ways(value: Any, files: tuple[WeightFile, ...]) -> None:
+    assert settings.train_settings(configuration(train__init_from=value)).init_from == files
+
+
+def test_a_step_has_the_samples_of_all_its_parts() -> None:
+    found = settings.train_settings(configuration(train__accumulate=3, train__freeze="a.*"))
+    assert (found.mini_batch, found.samples, found.freeze) == (128, 384, ("a.*",))
+
+
+def test_the_rate_of_a_device_is_that_of_the_precision() -> None:
+    low = configuration(precision__name="bf16")
+    assert settings.topology(low, 1, None).devices[0].flops == low.cluster.flops_bf16
+    assert settings.topology(configuration(), 1, None).devices[0].flops == low.cluster.flops
+    without = configuration(precision__name="bf16", cluster__flops_bf16=None)
+    assert settings.topology(without, 1, None).devices[0].flops == low.cluster.flops
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("kernels__name", "transport__name", "transport__reduce", "device"),
+        *("precision__name", "precision__autocast"),
+    ],
+)
 def test_choices(key: str) -> None:
     with pytest.raises(SettingsError, match=f"{key.replace('__', '.')} must be one of .*, it is 'other'"):
         check_choices(configuration(**{key: "other"}))

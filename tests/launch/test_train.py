@@ -22,7 +22,7 @@ RESULT_KEYS = {
     *("world_size", "steps", "final_loss", "eval", "predicted_step_seconds", "measured_step_seconds"),
     *("planner_seconds", "peak_memory_bytes"),
 }
-METRIC_KEYS = {"step", "loss", "step_seconds", "samples_per_second"}
+METRIC_KEYS = {"step", "loss", "step_seconds", "samples_per_second", "lr"}
 FILES = {"plan.json", "graph.json", "trace.json", "metrics.jsonl", "result.json", "config.yaml"}
 
 

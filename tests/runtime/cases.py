@@ -11,9 +11,12 @@ from gpp.program.stage import Port, StageFunctions, ValueSpec
 from gpp.runtime.agreement import DisagreementError, agree, same
 from gpp.runtime.buffers import ReceiveChannel, Ring, SendChannel
 from gpp.runtime.communicator import CommunicationError, Communicator
+from gpp.runtime.exchange import Exchange
 from gpp.runtime.neighbors import check_neighbors
-from gpp.runtime.reduce import ordered_sum, slot_sum
+from gpp.runtime.reduce import OrderedSum, Slots
+from gpp.runtime.staging import Staging
 from gpp.schedule.task import Channel, Direction, Schedule
+from tests.runtime.slow_device import SlowDevice
 
 MEBIBYTE = 1 << 20
 FLOAT = ValueSpec("x", (3, 5), torch.float32, True)
@@ -80,9 +83,9 @@ def case_prepared_buffers_serve_many_messages(comm: Communicator) -> None:
 def case_empty_messages(comm: Communicator) -> None:
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     comm.wait([comm.irecv(torch.empty(0), left, 0), comm.isend(torch.empty(0), right, 0)])
-    assert [p.numel() for p in comm.all_gather(ranks(comm), torch.empty(0))] == [0] * comm.size
     pieces = [torch.empty(0) for _ in range(comm.size)]
-    assert [p.numel() for p in comm.all_to_all(ranks(comm), pieces)] == [0] * comm.size
+    Exchange(comm, ranks(comm), pieces, pieces).run()
+    assert Slots().gather(comm, ranks(comm), []) == [[]] * comm.size
 
 
 def case_done_without_waiting(comm: Communicator) -> None:
@@ -141,35 +144,127 @@ def case_a_tensor_with_gaps_is_refused(comm: Communicator) -> None:
         comm.irecv(torch.zeros(1).expand(4), 0, 0)
 
 
-def case_all_to_all_of_groups(comm: Communicator) -> None:
+def case_persistent_requests(comm: Communicator) -> None:
+    """Started again and again, each time with what is in the buffer; done before the first start."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    out, into = torch.empty(4), torch.empty(4)
+    send, receive = comm.send_init(out, right, 6), comm.recv_init(into, left, 6)
+    comm.wait([send, receive])
+    for round_ in range(4):
+        out.copy_(noise(10 * comm.rank + round_, 4))
+        receive.start()
+        send.start()
+        comm.wait([send, receive])
+        assert torch.equal(into, noise(10 * left + round_, 4))
+
+
+def case_a_request_under_way_is_not_started(comm: Communicator) -> None:
+    receive = comm.recv_init(torch.empty(1), (comm.rank - 1) % comm.size, 6)
+    receive.start()
+    with pytest.raises(CommunicationError, match=r"still under way"):
+        receive.start()
+    assert comm.cancel(receive)
+    comm.barrier()
+
+
+def case_persistent_requests_match_in_the_order_of_their_starts(comm: Communicator) -> None:
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    outgoing = [torch.full((1,), i) for i in range(3)]
+    incoming = [torch.full((1,), -1) for _ in range(3)]
+    sends = [comm.send_init(o, right, 6) for o in outgoing]
+    receives = [comm.recv_init(i, left, 6) for i in incoming]
+    for first in range(3):
+        order = [(first + i) % 3 for i in range(3)]
+        for i in order:
+            receives[i].start()
+        for i in reversed(order):
+            sends[i].start()
+        comm.wait([*sends, *receives])
+        assert [int(incoming[i]) for i in order] == list(reversed(order))
+
+
+def case_a_persistent_receive_can_be_cancelled_and_started_again(comm: Communicator) -> None:
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    into = torch.zeros(2)
+    receive = comm.recv_init(into, left, 3)
+    receive.start()
+    assert comm.cancel(receive) and receive.done()
+    comm.barrier()
+    receive.start()
+    comm.wait([receive, comm.isend(torch.ones(2), right, 3)])
+    assert into.tolist() == [1, 1] and not comm.cancel(receive)
+
+
+def case_persistent_requests_are_dropped(comm: Communicator) -> None:
+    """Thousands, each with a buffer of its own: none of them stays."""
+    for number in range(2000):
+        made = comm.send_init(torch.full((1,), number), comm.rank, 3)
+        del made
+    if hasattr(comm, "dropped"):
+        assert len(comm.dropped) <= 1 and len(comm._persistent) <= 10
+
+
+def case_something_is_polled_while_a_rank_waits(comm: Communicator) -> None:
+    """What only the poll starts arrives, and it is asked no more once it has been taken back."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    looks = 0
+    late = comm.send_init(torch.ones(1), right, 5)
+
+    def poll() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            late.start()
+        return looks < 20
+
+    into = torch.zeros(1)
+    comm.meanwhile(poll)
+    comm.wait([comm.irecv(into, left, 5)])
+    while poll():  # a rank whose message came early has looked less often
+        pass
+    comm.no_longer(poll)
+    seen = looks
+    comm.wait([late])
+    comm.barrier()
+    assert into.item() == 1 and looks == seen
+
+
+def case_exchanges_of_groups(comm: Communicator) -> None:
     for group in (ranks(comm), tuple(reversed(ranks(comm))), (comm.size - 1, 0)):
         if comm.rank in group:
             # the piece for member i has i + 1 elements, whoever sends it
-            pieces = [torch.full((i + 1,), 100 * comm.rank + i) for i in range(len(group))]
             me = group.index(comm.rank)
-            received = comm.all_to_all(group, pieces)
-            assert [p.tolist() for p in received] == [[100 * r + me] * (me + 1) for r in group]
+            pieces = [torch.full((i + 1,), 100 * comm.rank + i) for i in range(len(group))]
+            found = [torch.full((me + 1,), -1) for _ in group]
+            exchange = Exchange(comm, group, pieces, found)
+            for round_ in range(3):
+                exchange.run()
+                expected = [100 * r + me + 1000 * round_ if r != comm.rank else -1 for r in group]
+                assert [p.tolist() for p in found] == [[e] * (me + 1) for e in expected]
+                for piece in pieces:
+                    piece += 1000
 
 
-def case_all_gather_of_groups(comm: Communicator) -> None:
+def case_a_gather_is_an_exchange_of_one_piece(comm: Communicator) -> None:
     for group in (tuple(reversed(ranks(comm))), (0, comm.size - 1)):
         if comm.rank in group:
-            pieces = comm.all_gather(group, torch.full((comm.rank,), comm.rank))
+            pieces = [torch.full((r,), comm.rank) for r in group]
+            mine = pieces[group.index(comm.rank)]
+            Exchange(comm, group, [mine] * len(group), pieces).run()
             assert [p.tolist() for p in pieces] == [[r] * r for r in group]
-            flat = torch.empty(2 * len(group))
-            into = flat.tensor_split(len(group))
-            comm.all_gather(group, torch.tensor([comm.rank, 0.5]), into=into)
-            assert flat.tolist() == [x for r in group for x in (r, 0.5)]
 
 
 def case_a_foreign_group_is_refused(comm: Communicator) -> None:
     others = tuple(r for r in range(comm.size) if r != comm.rank)
+    piece = torch.zeros(1)
     with pytest.raises(CommunicationError, match=f"rank {comm.rank} among them"):
-        comm.all_gather(others, torch.zeros(1))
+        Exchange(comm, others, [piece] * len(others), [piece] * len(others))
+    with pytest.raises(CommunicationError, match=f"rank {comm.rank} among them"):
+        Slots().gather(comm, others, [0.0])
     with pytest.raises(CommunicationError, match="distinct"):
-        comm.all_gather((comm.rank, comm.rank), torch.zeros(1))
+        Exchange(comm, (comm.rank, comm.rank), [piece] * 2, [piece] * 2)
     with pytest.raises(CommunicationError, match="as many pieces"):
-        comm.all_to_all(ranks(comm), [])
+        Exchange(comm, ranks(comm), [piece], [])
 
 
 def case_objects(comm: Communicator) -> None:
@@ -238,7 +333,7 @@ def case_ordered_sum_has_the_bits_of_the_sum_in_order(comm: Communicator) -> Non
                 for part in parts[1:]:
                     expected += part
                 flat = noise(comm.rank, length, dtype=dtype) * 10.0**comm.rank
-                ordered_sum(comm, group, flat, chunk=300)
+                OrderedSum(comm, group, flat, chunk=300).run()
                 assert torch.equal(flat, expected)
 
 
@@ -246,25 +341,40 @@ def case_ordered_sum_of_a_subgroup(comm: Communicator) -> None:
     flat = noise(comm.rank, 100_000)
     mine = flat.clone()
     if comm.rank < 2:
-        ordered_sum(comm, (1, 0), flat)
+        OrderedSum(comm, (1, 0), flat).run()
         assert torch.equal(flat, noise(1, 100_000) + noise(0, 100_000))
     else:
-        ordered_sum(comm, (comm.rank,), flat)
+        OrderedSum(comm, (comm.rank,), flat).run()
         assert torch.equal(flat, mine)
 
 
 def case_ordered_sum_refuses(comm: Communicator) -> None:
     with pytest.raises(CommunicationError, match="bfloat16"):
-        ordered_sum(comm, ranks(comm), torch.zeros(4, dtype=torch.bfloat16))
+        OrderedSum(comm, ranks(comm), torch.zeros(4, dtype=torch.bfloat16))
     with pytest.raises(CommunicationError, match=r"one dimension.*\(2, 2\)"):
-        ordered_sum(comm, ranks(comm), torch.zeros(2, 2))
+        OrderedSum(comm, ranks(comm), torch.zeros(2, 2))
     with pytest.raises(CommunicationError, match="not in the group"):
-        ordered_sum(comm, (comm.rank + 1,), torch.zeros(4))
+        OrderedSum(comm, (comm.rank + 1,), torch.zeros(4))
 
 
-def case_slot_sum(comm: Communicator) -> None:
-    found = slot_sum(comm, ranks(comm), [0.1 * comm.rank] * (comm.rank + 1))
-    assert found == [[0.1 * r] * (r + 1) for r in range(comm.size)]
+def case_an_ordered_sum_serves_many_times(comm: Communicator) -> None:
+    """In place, whatever is in it now."""
+    flat = torch.empty(1001)
+    ordered = OrderedSum(comm, ranks(comm), flat, chunk=100)
+    for round_ in range(3):
+        flat.copy_(noise(10 * comm.rank + round_, 1001))
+        ordered.run()
+        expected = noise(round_, 1001)
+        for r in range(1, comm.size):
+            expected += noise(10 * r + round_, 1001)
+        assert torch.equal(flat, expected)
+
+
+def case_slots(comm: Communicator) -> None:
+    slots = Slots()
+    for count in (1, 3, 1):
+        found = slots.gather(comm, ranks(comm), [0.1 * comm.rank] * count)
+        assert found == [[0.1 * r] * count for r in range(comm.size)]
 
 
 def values_of(message: int, samples: int) -> list[torch.Tensor]:
@@ -276,11 +386,13 @@ def values_of(message: int, samples: int) -> list[torch.Tensor]:
     ]
 
 
-def ring_of_rank(comm: Communicator, slots: int, sending: bool, counts: list[int]) -> Ring:
+def ring_of_rank(
+    comm: Communicator, slots: int, sending: bool, counts: list[int], staging: Staging | None = None
+) -> Ring:
     """Rank r sends to r + 1."""
     source = comm.rank if sending else (comm.rank - 1) % comm.size
     channel = Channel(source, (source + 1) % comm.size, 2, 0, Direction.ACTIVATION, slots, 0)
-    return Ring(comm, channel, (FLOAT, INTEGER, HALF), counts)
+    return Ring(comm, channel, (FLOAT, INTEGER, HALF), counts, staging)
 
 
 def case_channels_carry_steps(comm: Communicator) -> None:
@@ -308,6 +420,29 @@ def case_channels_carry_steps(comm: Communicator) -> None:
     again = ReceiveChannel(ring_in, [1], messages=1)
     SendChannel(ring_out, [1]).send(values_of(99, 1))
     assert torch.equal(again.next().views[0], values_of(99, 1)[0])
+    comm.barrier()
+
+
+def case_channels_of_a_slow_device(comm: Communicator) -> None:
+    """Slots are written and read later; whoever waits looks after them."""
+    counts = [2, 1, 3]
+    device = SlowDevice(50)
+    ring_in, ring_out = (ring_of_rank(comm, 2, sending, counts, device) for sending in (False, True))
+    receive, send = ReceiveChannel(ring_in, counts, 30), SendChannel(ring_out, counts)
+
+    def progress() -> bool:
+        return any([send.progress(), receive.progress()])
+
+    comm.meanwhile(progress)
+    for number in range(30):
+        send.send(values_of(number, counts[number % 3]))
+        message = receive.next()
+        for view, value in zip(message.views, values_of(number, message.samples), strict=True):
+            assert torch.equal(view, value)
+        receive.release(message)
+    send.flush()
+    comm.no_longer(progress)
+    assert receive.close() == 0
     comm.barrier()
 
 

@@ -10,7 +10,7 @@ import traceback
 import torch
 from mpi4py import MPI
 
-from gpp.runtime.environment import launched_tasks, local_rank, under_mpi
+from gpp.runtime.environment import launched_tasks, local_rank, synchronous_sends, under_mpi
 from gpp.runtime.mpi import MpiCommunicator, _distinct, connect
 from tests.runtime.cases import CASES
 
@@ -43,6 +43,20 @@ def case_a_waiting_rank_sleeps(comm: MpiCommunicator) -> None:
         before = time.process_time()
         comm.wait([comm.irecv(torch.zeros(1), 0, 0)])
         assert time.process_time() - before < 0.3
+
+
+def case_synchronous_sends(comm: MpiCommunicator) -> None:
+    """Where they are asked for, a send is done only when it is received, however short it is."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    sends = [comm.isend(torch.zeros(1), right, 8), comm.send_init(torch.ones(1), right, 8)]
+    sends[1].start()
+    comm.barrier()
+    if synchronous_sends():
+        assert not any(send.done() for send in sends)
+        comm.barrier()
+    found = torch.empty(2)
+    comm.wait([*sends, comm.irecv(found[:1], left, 8), comm.irecv(found[1:], left, 8)])
+    assert found.tolist() == [0, 1]
 
 
 MPI_CASES = {n.removeprefix("case_"): f for n, f in list(globals().items()) if n.startswith("case_")}

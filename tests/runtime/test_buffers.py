@@ -13,9 +13,9 @@ from gpp.runtime.buffers import (
     Ring,
     SendChannel,
     channel_values,
+    check_rows,
     message_bytes,
     message_views,
-    pack,
 )
 from gpp.runtime.communicator import CommunicationError, Communicator
 from gpp.runtime.loopback import LoopbackWorld, run
@@ -67,16 +67,25 @@ def test_views_are_aligned_disjoint_and_fill_no_more_than_the_message(
             end = view.data_ptr() + view.numel() * view.element_size()
     assert end <= buffer.data_ptr() + buffer.numel()
     tensors = [torch.ones(samples, *v.shape, dtype=v.dtype) for v in values]
-    pack(views, tensors, values)
+    check_rows(views, tensors, values)
+    for view, tensor in zip(views, tensors, strict=True):
+        view.copy_(tensor)
     assert all(torch.equal(view, tensor) for view, tensor in zip(views, tensors, strict=True))
 
 
-def test_pack_copies_any_layout_and_no_graph() -> None:
-    buffer = torch.zeros(message_bytes((X,), 4), dtype=torch.uint8)
-    views = message_views(buffer, (X,), 4)
-    tensor = torch.arange(12.0).view(3, 4).T.requires_grad_()
-    pack(views, [tensor], (X,))
-    assert torch.equal(views[0], tensor) and not views[0].requires_grad
+def test_a_message_copies_any_layout_and_no_graph() -> None:
+    def body(comm: Communicator) -> None:
+        ring = Ring(comm, channel(), (X,), [4])
+        tensor = torch.arange(12.0).view(3, 4).T.requires_grad_()
+        if comm.rank == 0:
+            send = SendChannel(ring, [4])
+            send.send([tensor])
+            send.flush()
+        else:
+            received = ReceiveChannel(ring, [4], 1).next().views[0]
+            assert torch.equal(received, tensor) and not received.requires_grad
+
+    run(LoopbackWorld(2), body, threads=1)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +96,10 @@ def test_pack_copies_any_layout_and_no_graph() -> None:
         ([], r"carries 1 values \(x\), not 0"),
     ],
 )
-def test_pack_refuses_what_a_copy_would_bend(tensors: list[torch.Tensor], message: str) -> None:
+def test_what_a_copy_would_bend_is_refused(tensors: list[torch.Tensor], message: str) -> None:
     views = message_views(torch.zeros(64, dtype=torch.uint8), (X,), 2)
     with pytest.raises(CommunicationError, match=message):
-        pack(views, tensors, (X,))
+        check_rows(views, tensors, (X,))
 
 
 def test_gradients_travel_only_for_values_that_need_one() -> None:
@@ -107,7 +116,7 @@ def test_a_ring_holds_the_largest_message_in_each_slot() -> None:
     for slot in range(3):
         short, long = ring.message(slot, 1), ring.message(slot, 6)
         assert short.views[0].data_ptr() == long.views[0].data_ptr()
-        assert short.buffer.bytes.numel() == 64 and long.buffer.bytes.numel() == 128
+        assert short.size == 64 and long.size == 128
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpp.runtime.environment import launched_tasks, local_rank, lonely, under_mpi
+from gpp.runtime.environment import launched_tasks, local_rank, lonely, synchronous_sends, under_mpi
 
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2", "PMIX_RANK": "2"}
 MPICH = {"PMI_SIZE": "3", "PMI_RANK": "1", "MPI_LOCALNRANKS": "3", "MPI_LOCALRANKID": "1"}
@@ -55,3 +55,10 @@ def test_variables(variables: dict[str, str], mpi: bool, tasks: int | None, loca
 def test_lonely_processes(variables: dict[str, str], size: int, message: str | None) -> None:
     found = lonely(variables, size)
     assert found is None if message is None else found is not None and found.startswith(message)
+
+
+def test_synchronous_sends() -> None:
+    assert [synchronous_sends(e) for e in ({}, {"GPP_SYNCHRONOUS_SENDS": "0"})] == [False, False]
+    assert synchronous_sends({"GPP_SYNCHRONOUS_SENDS": "1"})
+    with pytest.raises(ValueError, match="GPP_SYNCHRONOUS_SENDS must be 0 or 1, it is 'yes'"):
+        synchronous_sends({"GPP_SYNCHRONOUS_SENDS": "yes"})

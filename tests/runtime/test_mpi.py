@@ -19,9 +19,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_cases(ranks: int) -> None:
-    job = run_mpi(ranks, str(PROGRAM), "passing", timeout=120)
+@pytest.mark.parametrize(("ranks", "synchronous"), [(2, "0"), (3, "0"), (4, "0"), (3, "1")])
+def test_cases(ranks: int, synchronous: str) -> None:
+    environment = {"GPP_SYNCHRONOUS_SENDS": synchronous}
+    job = run_mpi(ranks, str(PROGRAM), "passing", timeout=120, environment=environment)
     assert job.returncode == 0, job.stdout + job.stderr
     own = re.findall(r"^def case_(\w+)", PROGRAM.read_text(), re.MULTILINE)
     assert job.stdout.splitlines() == [f"passed {name}" for name in (*CASES, *own)]

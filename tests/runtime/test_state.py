@@ -1,8 +1,7 @@
-from collections.abc import Sequence
-
 """A stage's parameters and gradients between steps."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest

@@ -1,0 +1,1 @@
+"""What a user calls in a program of their own, and what the commands are made of."""

@@ -1,0 +1,307 @@
+"""A model in a pipeline of stages, to be trained in a loop of the user's own.
+
+Every rank makes the pipeline and calls its methods, together with the others. Under mpirun a process is one
+rank; without MPI the ranks are threads of the one process, and what is said of rank 0 holds for it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gpp.plan import Plan
+from gpp.program.build import Hooks
+from gpp.program.stage import StageProgram
+from gpp.runtime.communicator import Communicator
+from gpp.runtime.data import Batches, Dataset, evaluation_batches
+from gpp.runtime.memory import peak, start_of_peak
+from gpp.runtime.out_of_memory import explained
+from gpp.runtime.reduce import MakeSum
+from gpp.runtime.results import Total, add_up
+from gpp.runtime.staging import Staging
+from gpp.runtime.state import StageState
+from gpp.runtime.trainer import StepRecord, Trainer
+from gpp.schedule.task import Schedule
+from gpp.trace import Trace
+
+from .batches import Batch, key_specs, misfit, samples_of
+from .crew import Crew, RefusedError
+from .job import Job, Training, Values, evaluation_schedule, names_in_stages, programs_of, state_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One training step. `loss` and `metrics` are of the whole mini-batch, on rank 0 (elsewhere None and
+    empty); `norm`, the gradients' global norm, on every rank with a stage if it was asked for. Seconds."""
+
+    loss: float | None
+    metrics: Mapping[str, float]
+    norm: float | None
+    seconds: float | None
+
+
+class Pipeline:
+    """See the module; `gpp.api.start.pipeline` makes one.
+
+    `values` gives initial weights. `names` are the keys of the module's state_dict with the names that
+    parameters and buffers go by: of tied ones the first.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        job: Job,
+        training: Training,
+        values: Values,
+        *,
+        device: torch.device,
+        names: Mapping[str, str] | None = None,
+        hooks: Hooks | None = None,
+        staging: Staging | None = None,
+        make_sum: MakeSum | None = None,
+    ) -> None:
+        self.job = job
+        self.steps = 0
+        self._crew = crew
+        self._device = device
+        self._hooks = hooks
+        self._specs = key_specs(job.captured)
+        self._names = {} if names is None else names
+        self._closed = False
+        schedules = (job.lowered.train, *job.lowered.evaluate.values())
+        programs = crew.together(lambda: {rank: self._programs(rank, schedules) for rank in crew.mine})
+        self._base = start_of_peak()
+
+        def state(rank: int) -> StageState | None:
+            with explained(job.plan, rank):
+                found = state_of(job, rank, programs[rank], values, training, device)
+            if found is not None and make_sum is not None:
+                found.make_sum = make_sum
+            return found
+
+        states = crew.together(lambda: {rank: state(rank) for rank in crew.mine})
+        outside = sorted({*self._names.values()} - names_in_stages(job)) if self._names else []
+        self._outside = values(outside) if outside and crew.is_first else {}
+        self._sizes = set(job.lowered.evaluate)
+
+        def trainer(comm: Communicator) -> Trainer:
+            with explained(job.plan, comm.rank):
+                return Trainer(
+                    comm,
+                    job.plan,
+                    job.evaluation,
+                    job.lowered,
+                    programs[comm.rank],
+                    states[comm.rank],
+                    job.captured.train,
+                    job.captured.evaluate,
+                    device,
+                    staging,
+                )
+
+        self._trainers = dict(zip(crew.mine, crew.run(trainer), strict=True))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of a training step."""
+        return self.job.plan
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of a training batch that this process reads; others may be left out."""
+        return tuple(dict.fromkeys(key for t in self._trainers.values() for key in t.keys))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is rank 0, which has the results."""
+        return self._crew.is_first
+
+    def step(self, batch: Batch) -> StepResult:
+        """One training step on a whole mini-batch: tensors of shape (mini_batch, ...) by key, from which the
+        ranks take their rows. A rank may leave out what it does not read (`keys`).
+
+        Raises RefusedError, on all ranks, for a batch that does not fit; the pipeline is as it was.
+        """
+        self._agreed(misfit(batch, self._specs, self.keys, self.plan.mini_batch))
+        number = self.steps
+        records = self._run(lambda trainer: trainer.step(number, batch))
+        self.steps += 1
+        record = records[0] if self.is_first else None
+        norm = next((t.norm for t in self._trainers.values() if t.norm is not None), None)
+        if record is None:
+            return StepResult(None, {}, norm, None)
+        return StepResult(record.loss, record.metrics, record.norm, record.seconds)
+
+    def evaluate(self, batches: Iterable[Batch], *, averaged: bool = False) -> dict[str, float]:
+        """Loss and metrics of the model in evaluation over all samples of the batches, of any sizes, each
+        counted once; on rank 0 (elsewhere empty). All ranks give as many batches; one that reads none of the
+        keys may give empty ones. `averaged`: of the weights' moving averages.
+
+        Raises RefusedError, on all ranks, for a batch that does not fit.
+        """
+        totals: dict[str, Total] = {}
+        for size, part in self._parts(batches):
+
+            def work(trainer: Trainer, size: int = size, part: Batch = part) -> dict[str, Total]:
+                return trainer.evaluate_batch(size, part, averaged=averaged)
+
+            add_up(totals, self._run(work)[0])
+        return {name: total.mean for name, total in totals.items()}
+
+    def predict(self, batches: Iterable[Batch], *, averaged: bool = False) -> dict[str, Tensor]:
+        """What the model in evaluation predicts for each sample of the batches, in their order, by name:
+        tensors of shape (samples, ...) on the host of rank 0 (elsewhere empty). See `evaluate`.
+
+        These are the tensors of the third dictionary that `forward` returns, (loss, metrics, predictions).
+        Raises RefusedError where it returns none.
+        """
+        if not self.job.captured.traced.evaluate.predictions:
+            raise RefusedError(
+                "the model's forward returns no predictions: return (loss, {name: metric}, {name: tensor}), "
+                "with the samples in dimension 0 of each tensor"
+            )
+        found: dict[str, list[Tensor]] = {}
+        for size, part in self._parts(batches):
+
+            def work(trainer: Trainer, size: int = size, part: Batch = part) -> dict[str, Tensor]:
+                return trainer.predict_batch(size, part, averaged=averaged)
+
+            for name, value in self._run(work)[0].items():
+                found.setdefault(name, []).append(value)
+        order = self.job.captured.traced.evaluate.predictions
+        return {name: torch.cat(found[name]) for name in order if name in found}
+
+    def fit(
+        self,
+        dataset: Dataset,
+        batches: Batches,
+        steps: int,
+        on_step: Callable[[StepRecord], None] = lambda _: None,
+        *,
+        prefetch: int = 2,
+    ) -> None:
+        """So many more training steps on the batches of a data set, of which each rank reads its own rows and
+        keys, `prefetch` steps ahead. `on_step` is called on rank 0."""
+        start, stop = self.steps, self.steps + steps
+        self._run(lambda trainer: trainer.fit(dataset, batches, start, stop, on_step, prefetch=prefetch))
+        self.steps = stop
+
+    def evaluate_dataset(self, dataset: Dataset, *, averaged: bool = False) -> dict[str, float]:
+        """`evaluate` over a data set; each rank reads its own rows and keys."""
+        for batch in evaluation_batches(len(dataset), self.plan.mini_batch):
+            self._prepare(len(batch))
+        return self._run(lambda trainer: trainer.evaluate(dataset, averaged=averaged))[0]
+
+    def state_dict(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """Parameters and buffers under the module's own names, for `load_state_dict`, on the host of rank 0
+        (elsewhere empty). `averaged`: the weights' moving averages."""
+        found = self._run(lambda trainer: trainer.weights(averaged=averaged))[0]
+        if not self.is_first:
+            return {}
+        found |= self._outside
+        return {key: found[name] for key, name in self._names.items()} if self._names else found
+
+    def trace(self) -> Trace:
+        """Who did what when in the last steps, complete on rank 0; comparable with `gpp.simulate`'s."""
+        return self._run(lambda trainer: trainer.trace())[0]
+
+    @property
+    def step_seconds(self) -> Sequence[float]:
+        """The time of each step so far, on rank 0."""
+        return self._trainers[self._crew.mine[0]].measured.step_seconds
+
+    @property
+    def typical_seconds(self) -> float:
+        """The median time of a step, on rank 0; not a number before the first."""
+        return self._trainers[self._crew.mine[0]].measured.typical
+
+    def peak_memory(self) -> list[int]:
+        """Bytes that each rank's device has held at most: CUDA's allocator, or the process's resident memory
+        above what it had before there were weights (threads of one process each report the whole)."""
+
+        def work(trainer: Trainer) -> list[int]:
+            device = self._device
+            cuda = device.type == "cuda"
+            own = int(torch.cuda.max_memory_allocated(device)) if cuda else peak() - self._base
+            return trainer.comm.all_gather_object(own)
+
+        return self._run(work)[0]
+
+    def close(self) -> None:
+        """The end; called by all ranks."""
+        if not self._closed:
+            self._closed = True
+            self._crew.close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:  # else others may not come
+            self.close()
+
+    def _programs(self, rank: int, schedules: Sequence[Schedule]) -> list[StageProgram]:
+        with explained(self.plan, rank):
+            return programs_of(self.job, rank, schedules, self._device, self._hooks)
+
+    def _run(self, work: Callable[[Trainer], T]) -> list[T]:
+        """`work` for each rank of this process, by rank."""
+
+        def of_rank(comm: Communicator) -> T:
+            with explained(self.plan, comm.rank):
+                return work(self._trainers[comm.rank])
+
+        return self._crew.run(of_rank)
+
+    def _agreed(self, error: str | None) -> None:
+        """Raise RefusedError on all ranks if any has an error."""
+        first = self._crew.first_error(error)
+        if first is not None:
+            raise RefusedError(first)
+
+    def _parts(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """The batches in pieces of at most a mini-batch, with their sizes, on which all ranks agree."""
+        given = iter(batches)
+        for number in count():
+            batch = next(given, None)
+            size = None if batch is None else samples_of(batch, self._specs)
+            known = self._crew.all_gather((batch is None, size))
+            over = [ended for ended, _ in known]
+            if all(over):
+                return
+            sizes = {size for _, size in known if size is not None}
+            if any(over) or len(sizes) != 1:
+                raise RefusedError(
+                    f"all ranks must give as many batches of as many samples: of number {number} they have "
+                    + ", ".join("none" if ended else f"{size} samples" for ended, size in known)
+                )
+            assert batch is not None
+            total = sizes.pop()
+            pieces = evaluation_batches(total, self.plan.mini_batch)
+            for piece in pieces:
+                self._prepare(len(piece))
+            needed = {k for t in self._trainers.values() for p in pieces for k in t.evaluation_keys(len(p))}
+            self._agreed(misfit(batch, self._specs, sorted(needed), total))
+            for piece in pieces:
+                yield (
+                    len(piece),
+                    {k: v[piece.start : piece.stop] for k, v in batch.items() if k in self._specs},
+                )
+
+    def _prepare(self, size: int) -> None:
+        """Schedules and programs for the evaluation of so many samples at once, kept for the next time."""
+        if size in self._sizes:
+            return
+        schedule = evaluation_schedule(self.job.evaluation, size)
+        mine = self._crew.mine
+        programs = self._crew.together(lambda: {rank: self._programs(rank, [schedule]) for rank in mine})
+        self._run(lambda trainer: trainer.prepare(size, schedule, programs[trainer.comm.rank]))
+        self._sizes.add(size)

@@ -1,0 +1,39 @@
+"""The program of an MPI job: every scene that has enough with its ranks; rank 0 prints what has passed."""
+
+import sys
+import traceback
+
+import torch
+
+from gpp.runtime.mpi import connect
+
+from . import scenes
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    comm = connect()
+    names = list(scenes.EQUAL[comm.size])
+    try:
+        for name in names:
+            scenes.equal_to_the_reference(scenes.BY_NAME[name])
+        if comm.size == 3:
+            said = comm.all_gather_object(scenes.refusals())
+            assert said == said[:1] * 3, said
+            assert all(text.startswith("rank ") and "key '" in text for text in said[0]), said[0]
+            scenes.planned_by_arguments()
+            names += ["refusals"]
+        if comm.size == 4:
+            scenes.predictions_in_order((2, 1, 1))
+            names += ["predictions"]
+    except BaseException:
+        print(f"rank {comm.rank}:", traceback.format_exc(), file=sys.stderr, flush=True)
+        comm.abort(1)
+    comm.barrier()
+    if comm.rank == 0:
+        print(*names, sep="\n", flush=True)
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

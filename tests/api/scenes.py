@@ -1,0 +1,159 @@
+"""What holds of a pipeline alone and on the ranks of an MPI job: each scene is run by all ranks together."""
+
+import pytest
+import torch
+
+from gpp.api.crew import RefusedError
+from gpp.api.pipeline import Pipeline
+from gpp.api.start import pipeline
+from gpp.capture.capture import Captured
+from gpp.plan import Plan
+from tests.equality.cases import CASES, Case
+from tests.equality.harness import (
+    STEPS,
+    captured_model,
+    closely,
+    exactly,
+    make_plan,
+    prepare,
+    ragged,
+    reference,
+)
+from tests.equality.models import batch
+
+from .models import adam, expected, in_stages, ranked, rows
+
+EQUAL = {  # names of cases by the ranks that they need
+    2: ("chain-2", "data-parallel"),
+    3: ("two-towers", "tied", "batch-norm", "padded-clipped"),
+    4: ("replicas-1-2-1-clipped", "dropout-replicas", "ema-tied", "chain-two-on-a-device"),
+    6: ("ema-sharded",),
+}
+BY_NAME = {case.name: case for case in CASES}
+
+
+def equal_to_the_reference(case: Case) -> None:
+    """Losses, metrics, norms, evaluation and weights are the reference's."""
+    ready = prepare(case)
+    single, steps, evaluation, averaged = reference(ready)
+    same = exactly if case.exact else closely
+
+    def plan(captured: Captured) -> Plan:
+        return make_plan(case, captured)
+
+    with pipeline(
+        captured_model(case.model, case.dtype, case.precision, case.freeze)[0],
+        batch(ready.model, 4, 0, case.dtype),
+        optimizer=case.make_optimizer,
+        mini_batch=case.samples,
+        plan=plan,
+        devices=case.ranks,
+        clip_norm=case.clip,
+        ema=case.ema,
+        seed=5,
+        device="cpu",
+    ) as pipe:
+        for number in range(STEPS):
+            found = pipe.step(ready.batches[number])
+            if pipe.is_first:
+                assert found.loss is not None
+                assert abs(found.loss - steps[number].loss) <= 1e-6 * abs(steps[number].loss)
+                assert found.metrics.keys() == steps[number].metrics.keys()
+                if case.clip is not None:
+                    same(torch.tensor(found.norm), torch.tensor(steps[number].norm), "norm")
+        parts = [{k: v[s:t] for k, v in ready.held_out.items()} for s, t in ragged(case.samples)]
+        ways = [(evaluation, False)] + ([(averaged, True)] if case.ema is not None else [])
+        for values, way in ways:
+            results = pipe.evaluate(parts, averaged=way)
+            assert results.keys() == (values.keys() if pipe.is_first else set())
+            for name in results:
+                assert abs(results[name] - values[name]) <= 1e-6 * abs(values[name]), name
+        weights = pipe.state_dict()
+        averages = pipe.state_dict(averaged=True)
+        again = pipe.state_dict()
+        if not pipe.is_first:
+            assert weights == {}
+            return
+        assert list(weights) == list(ready.model.state_dict())
+        for name, value in {**single.parameters, **single.buffers}.items():
+            if name in weights:
+                same(weights[name], value.detach(), name)
+                exactly(again[name], weights[name], name)
+        for name, value in (single.averages if case.ema is not None else {}).items():
+            same(averages[name], value, name)
+        ready.model.__class__().to(case.dtype).load_state_dict(weights)
+
+
+def predictions_in_order(replicas: tuple[int, ...]) -> None:
+    """Predictions and evaluation before a step, and after, are the module's own."""
+    model, given = ranked(), [rows(13, 1), rows(3, 2), rows(21, 3)]
+    with in_stages(model, ("a",), ("b",), ("",), replicas=replicas) as pipe:
+        for step in range(2):
+            results, predictions = expected(model, given)
+            found = pipe.evaluate(given)
+            values = pipe.predict(iter(given))
+            if pipe.is_first:
+                assert found == pytest.approx(results, rel=1e-6)
+                assert list(values) == ["score", "left", "label"]
+                for name, value in predictions.items():
+                    assert values[name].dtype == value.dtype
+                    torch.testing.assert_close(values[name], value)
+            else:
+                assert found == {} and values == {}
+            pipe.step(rows(8, step))
+            weights = pipe.state_dict()
+            if pipe.is_first:
+                model.load_state_dict(weights)
+
+
+def refusals() -> list[str]:
+    """Wrong batches are refused with the same sentence on every rank, and training goes on; returns them."""
+    good = rows(8)
+    wrong = {
+        "no key": {k: v for k, v in good.items() if k != "y"},
+        "too few": rows(7),
+        "one too few": {**good, "y": good["y"][:7]},
+        "dtype": {**good, "x": good["x"].double()},
+        "shape": {**good, "w": good["w"][:, :5]},
+        "no tensor": {**good, "y": [0] * 8},
+    }
+    said = []
+    with in_stages(ranked(), ("a",), ("b",), ("",), replicas=(1, 1, 1)) as pipe:
+        before = pipe.step(good).loss
+        for batch in wrong.values():
+            with pytest.raises(RefusedError) as error:
+                pipe.step(batch)
+            said.append(str(error.value))
+        for work in (pipe.evaluate, pipe.predict):
+            with pytest.raises(RefusedError) as error:
+                work([rows(5), wrong["dtype"]])
+            said.append(str(error.value))
+        after = pipe.step(good).loss
+        assert (before is None) == (after is None)
+        assert before is None or before != after
+        only_own = {key: good[key] for key in pipe.keys}
+        pipe.step({**only_own, "unknown": torch.zeros(1)})
+    return said
+
+
+def untold_predictions(pipe: Pipeline) -> None:
+    with pytest.raises(RefusedError, match="forward returns no predictions"):
+        pipe.predict([])
+
+
+def planned_by_arguments() -> None:
+    """The pipeline plans by itself, and says what happened when."""
+    with pipeline(
+        ranked(), rows(4), optimizer=adam, mini_batch=16, planner="graphpipe", log_norm=True, device="cpu"
+    ) as pipe:
+        assert pipe.plan.planner == "graphpipe" and pipe.plan.mini_batch == 16
+        results = [pipe.step(rows(16)) for _ in range(4)]
+        trace = pipe.trace()
+        if pipe.is_first:
+            losses = [r.loss for r in results]
+            assert losses[-1] < losses[0]
+            assert all(r.norm > 0 and r.seconds > 0 for r in results)
+            assert {span.step for span in trace.spans} == {1, 2, 3}
+            assert len(pipe.peak_memory()) == trace.ranks
+        else:
+            pipe.peak_memory()

@@ -1,0 +1,94 @@
+"""The Python API in one process: the ranks are threads."""
+
+import pytest
+import torch
+from torch import nn
+
+from gpp.api.crew import RefusedError
+from gpp.api.plan import machine
+from gpp.api.start import pipeline
+from gpp.capture.export import CaptureError
+from gpp.plan import PlanError
+from tests.equality.models import Chain, batch
+
+from . import scenes
+from .models import adam, ranked, rows
+
+
+@pytest.mark.parametrize("name", [name for names in scenes.EQUAL.values() for name in names])
+def test_equal_to_the_reference(name: str) -> None:
+    torch.set_num_threads(1)
+    scenes.equal_to_the_reference(scenes.BY_NAME[name])
+
+
+@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1, 1), (1, 2, 4)])
+def test_predictions_are_in_order(replicas: tuple[int, ...]) -> None:
+    scenes.predictions_in_order(replicas)
+
+
+def test_wrong_batches_are_refused() -> None:
+    assert scenes.refusals() == [
+        "the batch has no key 'y'; it has 'x', 'w'",
+        "batch key 'x' must have 8 samples, it has 7",
+        "batch key 'y' must have 8 samples, it has 7",
+        "batch key 'x' must be torch.float32, as the example batch was, it is torch.float64",
+        "batch key 'w' must have the shape (samples, 8), it has (8, 5)",
+        "batch key 'y' must be a tensor, it is list",
+        *("batch key 'x' must be torch.float32, as the example batch was, it is torch.float64",) * 2,
+    ]
+
+
+def test_it_plans_by_itself() -> None:
+    scenes.planned_by_arguments()
+
+
+def test_one_device_is_enough() -> None:
+    model = Chain()
+    with pipeline(
+        model, batch(model, 4, 0, torch.float32), optimizer=adam, mini_batch=8, devices=1, device="cpu"
+    ) as pipe:
+        assert pipe.plan.stage_graph.depth == 1
+        loss = pipe.step(batch(model, 8, 1, torch.float32)).loss
+        assert loss == pytest.approx(float(model(**batch(model, 8, 1, torch.float32))[0].detach()), rel=1e-6)
+        scenes.untold_predictions(pipe)
+        with pytest.raises(RefusedError, match="must have 8 samples, it has 4"):
+            pipe.step(batch(model, 4, 0, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"devices": 0}, RefusedError, "devices must be from 1"),
+        ({"devices": 2, "cluster": machine(3)}, RefusedError, "must be of as many devices, they are of 2, 3"),
+        ({"planner": "nobody"}, PlanError, "there is no planner 'nobody'"),
+        ({"planner": "sequential", "recompute": True}, PlanError, "has no choice 'recompute'"),
+        ({"micro_batch": 3}, PlanError, "does not divide"),
+    ],
+)
+def test_what_cannot_be(more: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pipeline(ranked(), rows(4), optimizer=adam, mini_batch=8, device="cpu", **more)
+
+
+def test_an_example_is_at_least_four_samples() -> None:
+    with pytest.raises(CaptureError, match=r"at least 4 samples of every key.*'x' has the shape \(3, 8\)"):
+        pipeline(ranked(), rows(3), optimizer=adam, mini_batch=8, device="cpu")
+
+
+class Mixing(nn.Module):
+    """Its prediction holds every sample against every other."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.a, self.transposed = nn.Linear(8, 3), transposed
+
+    def forward(self, x, w, y):
+        z = self.a(x)
+        wrong = z.T if self.transposed else z - z.mean(0)
+        return nn.functional.cross_entropy(z, y) + 0 * w.mean(), {}, {"wrong": wrong}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_prediction_is_of_each_sample(transposed: bool) -> None:
+    with pytest.raises(CaptureError, match=r"the prediction 'wrong' of Mixing.forward is no value for each"):
+        pipeline(Mixing(transposed), rows(4), optimizer=adam, mini_batch=8, device="cpu")

@@ -1,0 +1,68 @@
+"""A device that does what it is told only after it has been looked at some times; and sees who is early."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+GARBAGE = 0xA5
+
+
+class SlowSlot:
+    """See `gpp.runtime.staging.Slot`. What is sent before it is written is garbage; what is received before
+    the last message has been read fails."""
+
+    def __init__(self, size: int, lag: int, *, sending: bool) -> None:
+        self.wire = torch.full((size,), GARBAGE, dtype=torch.uint8)
+        self.local = self.wire if sending else self.wire.clone()
+        self.lag = lag
+        self.looks = 0  # before it is done
+        self.work: Callable[[], None] = lambda: None
+
+    def fill(self, views: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        assert self.looks == 0, "filled again before it was sent"
+        self.wire.fill_(GARBAGE)
+        sources = [tensor.clone() for tensor in tensors]
+
+        def copy() -> None:
+            for view, source in zip(views, sources, strict=True):
+                view.copy_(source)
+
+        self.work, self.looks = copy, self.lag
+
+    def arrived(self, size: int) -> None:
+        assert self.looks == 0, "a message arrived before the last one was read"
+        self.local[:size].copy_(self.wire[:size])
+
+    def launched(self) -> None:
+        seen = self.wire.clone()
+
+        def check() -> None:
+            assert torch.equal(self.wire, seen), "overwritten before it was read"
+
+        self.work, self.looks = check, self.lag
+
+    def ready(self) -> bool:
+        if self.looks:
+            self.looks -= 1
+            if self.looks == 0:
+                self.work()
+        return self.looks == 0
+
+    def settle(self) -> None:
+        while not self.ready():
+            pass
+
+
+class SlowDevice:
+    """See `gpp.runtime.staging.Staging`."""
+
+    is_polled = True
+
+    def __init__(self, lag: int) -> None:
+        self.lag = lag
+        self.slots: list[SlowSlot] = []
+
+    def slot(self, size: int, *, sending: bool) -> SlowSlot:
+        self.slots.append(SlowSlot(size, self.lag, sending=sending))
+        return self.slots[-1]
