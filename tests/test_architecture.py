@@ -40,6 +40,9 @@ def test_style(command: tuple[str, ...]) -> None:
         ("gpp.simulate", ("torch", "mpi4py", "hydra")),
         ("launch.simulate", ("torch", "mpi4py", "triton")),
         ("gpp.runtime.trainer", ("mpi4py", "hydra", "triton._C")),
+        ("gpp", ("torch", "numpy", "networkx")),
+        ("gpp.api.plan", ("torch", "mpi4py", "hydra")),
+        ("gpp.api.start", ("mpi4py", "hydra")),
         ("gpp.models.mmt", ("mpi4py", "hydra", "gpp.runtime")),
     ],
 )

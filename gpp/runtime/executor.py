@@ -40,22 +40,12 @@ from .channels import Channels, Held, joined, port_of
 from .communicator import Communicator
 from .rank_state import RankState
 from .reduce import Slots
-from .results import local_weight
+from .results import Prediction, local_weight
 from .schedules import pieces_of
 from .staging import Staging
 
 Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
 _Piece = tuple[int, Samples]  # of a stage
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A value for each of some samples of a mini-batch, on the host."""
-
-    name: str
-    start: int
-    stop: int
-    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -245,10 +235,8 @@ class _Step:
             self.terms[name].append((task.samples.start, task.samples.stop, float(term)))
         if self.predict:
             for name, value in zip(functions.predictions, result.predictions, strict=True):
-                copy = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
-                self.predictions.append(
-                    Prediction(name, task.samples.start, task.samples.stop, copy.copy_(value))
-                )
+                copy = value.to("cpu", copy=True).contiguous()
+                self.predictions.append(Prediction(name, task.samples.start, task.samples.stop, copy))
         stage = owner.plan.stage_graph.stages[task.stage]
         if not stage.has_backward or owner.schedule.forward_only:
             self.used = kept

@@ -1,7 +1,9 @@
-"""Loss and metrics of a step from the terms that the stages report, in float64."""
+"""Loss and metrics of a step from the terms that the stages report, in float64; and predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from gpp.program.stage import Results, TermSum
 
@@ -24,6 +26,16 @@ class Total:
     def mean(self) -> float:
         """The result; not a number where nothing had weight."""
         return self.value / self.weight if self.weight else float("nan")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A value for each of some samples of a mini-batch, on the host."""
+
+    name: str
+    start: int
+    stop: int
+    value: Tensor
 
 
 def add_up(totals: dict[str, Total], more: Mapping[str, Total]) -> None:

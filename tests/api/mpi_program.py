@@ -22,7 +22,8 @@ def main() -> None:
             assert said == said[:1] * 3, said
             assert all(text.startswith("rank ") and "key '" in text for text in said[0]), said[0]
             scenes.planned_by_arguments()
-            names += ["refusals"]
+            scenes.unequal_batches(comm.rank)
+            names += ["refusals", "unequal"]
         if comm.size == 4:
             scenes.predictions_in_order((2, 1, 1))
             names += ["predictions"]

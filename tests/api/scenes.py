@@ -136,6 +136,19 @@ def refusals() -> list[str]:
     return said
 
 
+def unequal_batches(rank: int) -> None:
+    """Ranks that give other numbers of batches, or batches of other sizes, are all told so; what a rank does
+    not read it may leave out."""
+    with in_stages(ranked(), ("a",), ("b",), ("",), replicas=(1, 1, 1)) as pipe:
+        own = {key: value for key, value in rows(5).items() if key in pipe.keys}
+        assert len(own) == 1
+        pipe.evaluate([own, {**own}])
+        with pytest.raises(RefusedError, match="of number 1 they have 5 samples, none, 5 samples"):
+            pipe.evaluate([rows(5)] * (1 if rank == 1 else 2))
+        with pytest.raises(RefusedError, match="of number 0 they have 5 samples, 5 samples, 4 samples"):
+            pipe.predict([rows(4 if rank == 2 else 5)])
+
+
 def untold_predictions(pipe: Pipeline) -> None:
     with pytest.raises(RefusedError, match="forward returns no predictions"):
         pipe.predict([])

@@ -10,7 +10,7 @@ pytestmark = [
     pytest.mark.mpi,
     pytest.mark.skipif(why_no_mpi() is not None, reason=why_no_mpi() or ""),
 ]
-MORE = {3: ("refusals",), 4: ("predictions",)}
+MORE = {3: ("refusals", "unequal"), 4: ("predictions",)}
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -12,7 +12,7 @@ from gpp.plan import PlanError
 from tests.equality.models import Chain, batch
 
 from . import scenes
-from .models import adam, ranked, rows
+from .models import adam, expected, in_stages, ranked, rows
 
 
 @pytest.mark.parametrize("name", [name for names in scenes.EQUAL.values() for name in names])
@@ -24,6 +24,17 @@ def test_equal_to_the_reference(name: str) -> None:
 @pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1, 1), (1, 2, 4)])
 def test_predictions_are_in_order(replicas: tuple[int, ...]) -> None:
     scenes.predictions_in_order(replicas)
+
+
+def test_predictions_under_autocast() -> None:
+    model, given = ranked(), [rows(8, 1)]
+    with torch.autocast("cpu"):
+        _, predictions = expected(model, given)
+    with in_stages(model, ("a",), ("b",), ("",), replicas=(1, 2, 1), precision="bf16") as pipe:
+        values = pipe.predict(given)
+    for name, value in predictions.items():
+        assert values[name].dtype == value.dtype
+        torch.testing.assert_close(values[name], value, rtol=1e-2, atol=1e-2)
 
 
 def test_wrong_batches_are_refused() -> None:
