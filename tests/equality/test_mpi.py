@@ -1,8 +1,8 @@
 """The same cases as processes under a real mpirun: one job a world size runs all of its cases.
 
 Once as they are, and once with synchronous sends: then nothing leans on room that the MPI library has, and
-the buffers of the schedule, as many as it says, are enough. The second takes minutes: mostly one world size has
-to do, GPP_ALL_TESTS=1 in the environment runs all.
+the buffers of the schedule, as many as it says, are enough. The second takes minutes: one world size has to
+do, GPP_ALL_TESTS=1 in the environment runs all.
 """
 
 import os
