@@ -91,7 +91,6 @@ def wait(seconds: float) -> None:
 class EmulatedState:
     """No weights: reductions meet their ranks and then take the time that the simulator gives them."""
 
-    plan: Plan
     reductions: Mapping[tuple[int, int], float]  # seconds by stage and tied group
     seconds: float  # of the update
     arguments: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
@@ -131,7 +130,6 @@ def emulated_state(plan: Plan, schedule: Schedule, rank: int) -> EmulatedState |
     meetings = [i for i in schedule.programs[rank] if isinstance(i, Reduce)]
     stages = plan.stage_graph.stages
     return EmulatedState(
-        plan,
         {(i.stage, i.shared): reduce_seconds(plan, i) for i in meetings if i.what is Reduction.GRADIENTS},
         sum(stages[s].seconds.update for s in residents),
         {s: () for s in residents},

@@ -8,11 +8,22 @@ import traceback
 
 import torch
 
-from gpp.runtime.mpi import connect
+from gpp.runtime.mpi import MpiCommunicator, connect
 from gpp.runtime.neighbors import check_neighbors
 
-from .cases import CASES
+from .cases import CASES, Case
 from .harness import compare, prepare, run_rank
+
+
+def passes(comm: MpiCommunicator, case: Case) -> None:
+    """Run a case on all ranks and say so."""
+    ready = prepare(case)
+    programs = ready.programs(comm.rank)
+    check_neighbors(comm, ready.plan.stage_graph, ready.lowered.train, [p.train for p in programs])
+    compare(ready, [run_rank(ready, comm, programs)])
+    comm.barrier()
+    if comm.rank == 0:
+        print("passed", case.name, flush=True)
 
 
 def main() -> None:
@@ -20,15 +31,8 @@ def main() -> None:
     comm = connect()
     try:
         for case in CASES:
-            if case.ranks != comm.size:
-                continue
-            ready = prepare(case)
-            programs = ready.programs(comm.rank)
-            check_neighbors(comm, ready.plan.stage_graph, ready.lowered.train, [p.train for p in programs])
-            compare(ready, [run_rank(ready, comm, programs)])
-            comm.barrier()
-            if comm.rank == 0:
-                print("passed", case.name, flush=True)
+            if case.ranks == comm.size:
+                passes(comm, case)
     except BaseException:
         print(f"rank {comm.rank}:", traceback.format_exc(), file=sys.stderr, flush=True)
         comm.abort(1)

@@ -15,9 +15,8 @@ from gpp.plan import plan_from_json
 from gpp.runtime.doorbell import ASLEEP
 from gpp.runtime.emulation import emulated, exact_sleep, run_steps
 from gpp.runtime.mpi import MpiCommunicator, connect
-from gpp.runtime.neighbors import check_neighbors
 from tests.equality.cases import CASES
-from tests.equality.harness import compare, prepare, run_rank
+from tests.equality.mpi_program import passes
 
 NAMES = ("diamond", "chain-zero-bubble", "replicas-1-2-1-clipped", "tied-sharded")
 STEPS = 8
@@ -28,13 +27,7 @@ def equality(comm: MpiCommunicator) -> None:
     assert len(set(comm.hosts)) == 2 and len(set(comm.hosts[:2])) == 1, comm.hosts
     for case in CASES:
         if case.name in NAMES:
-            ready = prepare(case)
-            programs = ready.programs(comm.rank)
-            check_neighbors(comm, ready.plan.stage_graph, ready.lowered.train, [p.train for p in programs])
-            compare(ready, [run_rank(ready, comm, programs)])
-            comm.barrier()
-            if comm.rank == 0:
-                print("passed", case.name, flush=True)
+            passes(comm, case)
 
 
 def bells(comm: MpiCommunicator) -> None:
