@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from .collectives import RESERVED_TAGS, Collectives
 from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
 from .doorbell import Doorbell
 from .environment import lonely, synchronous_sends
+from .last_words import spoken
 
 try:
     from mpi4py import MPI
@@ -281,8 +281,7 @@ class MpiCommunicator(Collectives):
 
     def abort(self, code: int) -> NoReturn:
         """See `Communicator`."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        spoken()
         MPI.COMM_WORLD.Abort(code)
         os._exit(code)  # in case the library lets the call return
 

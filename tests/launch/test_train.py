@@ -260,11 +260,12 @@ class TestUnderMpi:
         errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
         match way:
             case "raise":
-                (line,) = errors
-                assert line.startswith("error: rank 1: sample 164 cannot be read: RuntimeError: disk on fire")
+                assert len(errors) == 1, job.stdout + job.stderr
+                failure = "rank 1: sample 164 cannot be read: RuntimeError: disk on fire"
+                assert errors[0].startswith(f"error: {failure}")
             case "exit":
-                (line,) = errors
-                assert "sys.exit(3)" in line
+                assert len(errors) == 1, job.stdout + job.stderr
+                assert "sys.exit(3)" in errors[0]
             case _:
                 assert not errors  # it had no time to say a word; mpirun says which rank it was
 
