@@ -17,4 +17,4 @@ MORE = {3: ("refusals", "unequal"), 4: ("predictions",)}
 def test_on_ranks(ranks: int) -> None:
     job = run_mpi(ranks, "tests.api.mpi_program", timeout=200)
     assert job.returncode == 0, job.stdout + job.stderr
-    assert job.stdout.split() == [*scenes.EQUAL[ranks], *MORE.get(ranks, ())]
+    assert job.stdout.split() == [*scenes.ON_PROCESSES[ranks], *MORE.get(ranks, ())]

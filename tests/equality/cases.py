@@ -1,5 +1,6 @@
 """What is compared with the reference: a model, how it is cut, and how it is trained."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -290,3 +291,11 @@ CASES = (
     ),
     Case("bf16-clicks", models.Clicks, (("towers.0",), ("towers.1",), ("bags",), ("",)), precision="bf16"),
 )  # fmt: skip
+
+
+def of_processes(ranks: int) -> list[Case]:
+    """The cases that a job of so many MPI processes runs. Those under autocast differ from others in what
+    stages compute, not in what travels: threads run them, processes only with GPP_ALL_TESTS=1 in the
+    environment."""
+    every = bool(os.environ.get("GPP_ALL_TESTS"))
+    return [case for case in CASES if case.ranks == ranks and (every or case.precision == "fp32")]

@@ -1,4 +1,4 @@
-"""The program of an MPI job: every case that needs exactly this many ranks, each held against the reference.
+"""The program of an MPI job: the cases that need exactly this many ranks, each held against the reference.
 
 Ranks compare what they own; rank 0 prints the name of a case after all have passed it.
 """
@@ -11,7 +11,7 @@ import torch
 from gpp.runtime.mpi import MpiCommunicator, connect
 from gpp.runtime.neighbors import check_neighbors
 
-from .cases import CASES, Case
+from .cases import Case, of_processes
 from .harness import compare, prepare, run_rank
 
 
@@ -30,9 +30,8 @@ def main() -> None:
     torch.set_num_threads(1)
     comm = connect()
     try:
-        for case in CASES:
-            if case.ranks == comm.size:
-                passes(comm, case)
+        for case in of_processes(comm.size):
+            passes(comm, case)
     except BaseException:
         print(f"rank {comm.rank}:", traceback.format_exc(), file=sys.stderr, flush=True)
         comm.abort(1)

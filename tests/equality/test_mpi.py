@@ -1,8 +1,8 @@
 """The same cases as processes under a real mpirun: one job a world size runs all of its cases.
 
-Once as they are, and once with synchronous sends: then nothing leans on room that the MPI library has, and
-the buffers of the schedule, as many as it says, are enough. The second takes minutes: one world size has to
-do, GPP_ALL_TESTS=1 in the environment runs all.
+With sends as they are, or synchronous: then nothing leans on room that the MPI library has, and the buffers of
+the schedule, as many as it says, are enough. All of it takes minutes: a world size runs in one of the ways,
+GPP_ALL_TESTS=1 in the environment runs both.
 """
 
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from tests.mpirun import run_mpi, why_no_mpi
 
-from .cases import CASES
+from .cases import of_processes
 
 pytestmark = [
     pytest.mark.mpi,
@@ -19,16 +19,14 @@ pytestmark = [
 ]
 
 
-RANKS = (1, 2, 3, 4, 6)
-SYNCHRONOUS = RANKS if os.environ.get("GPP_ALL_TESTS") else (3,)
+PLAIN, SYNCHRONOUS = "0", "1"
+ONCE = ((1, PLAIN), (2, SYNCHRONOUS), (3, PLAIN), (4, SYNCHRONOUS), (6, PLAIN))
+BOTH = [(ranks, way) for ranks, _ in ONCE for way in (PLAIN, SYNCHRONOUS)]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "synchronous"),
-    [*((ranks, "0") for ranks in RANKS), *((ranks, "1") for ranks in SYNCHRONOUS)],
-)
+@pytest.mark.parametrize(("ranks", "synchronous"), BOTH if os.environ.get("GPP_ALL_TESTS") else ONCE)
 def test_equal_to_reference(ranks: int, synchronous: str) -> None:
-    expected = [f"passed {case.name}" for case in CASES if case.ranks == ranks]
+    expected = [f"passed {case.name}" for case in of_processes(ranks)]
     assert expected
     environment = {"GPP_SYNCHRONOUS_SENDS": synchronous}
     job = run_mpi(ranks, "tests.equality.mpi_program", timeout=280, environment=environment)

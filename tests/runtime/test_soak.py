@@ -6,7 +6,7 @@ import pytest
 
 from tests.mpirun import run_mpi, why_no_mpi
 
-STEPS = 600
+STEPS = 300
 GROWTH = 1 << 20  # bytes of each rank's resident memory, in nine tenths of the steps
 
 pytestmark = [
