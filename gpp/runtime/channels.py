@@ -7,24 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpp.program.stage import Port, StageFunctions
-from gpp.schedule.task import Direction, Receive, Samples, Schedule, Send, Transfer
+from gpp.program.stage import StageFunctions
+from gpp.schedule.task import Receive, Schedule, Send, Transfer
 
+from .binding import port_of
 from .buffers import Message, ReceiveChannel, Ring, SendChannel
 from .communicator import Communicator
 from .staging import OnHost, Staging
 
-_Ends = tuple[int, Direction, int, int]  # edge, direction, source, target
+_Ends = tuple[int, int, int]  # tag, source, target
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Held:
-    """A message in use by some samples: a tensor [samples, ...] for each value.
+    """A message in use: a tensor [samples, ...] for each value.
 
     `message` is where it lies, None for one between stages of this rank, which is not copied.
     """
 
-    samples: Samples
     views: Sequence[Tensor]
     message: Message | None = None
     channel: ReceiveChannel | None = None
@@ -48,19 +48,18 @@ class Channels:
         self._comm = comm
         self._staging = staging or OnHost()
         self._rings = _rings(comm, schedule, stages, self._staging) if stages else {}
-        self._receivers: dict[tuple[int, Direction, int], ReceiveChannel] = {}
-        self._senders: dict[tuple[int, Direction, int], SendChannel] = {}
-        self._own: dict[tuple[int, Direction], deque[Held]] = defaultdict(
-            deque
-        )  # between stages of this rank
+        # by tag and rank at the other end: a tag is an edge and a direction
+        self._receivers: dict[tuple[int, int], ReceiveChannel] = {}
+        self._senders: dict[tuple[int, int], SendChannel] = {}
+        self._own: dict[int, deque[Held]] = defaultdict(deque)  # by tag, between stages of this rank
 
     def open(self, steps: int) -> None:
         """Post the first receives of a stretch of `steps` steps."""
-        for (edge, way, source, target), (ring, counts) in self._rings.items():
+        for (tag, source, target), (ring, counts) in self._rings.items():
             if source == self._comm.rank:
-                self._senders[edge, way, target] = SendChannel(ring, counts)
+                self._senders[tag, target] = SendChannel(ring, counts)
             else:
-                self._receivers[edge, way, source] = ReceiveChannel(ring, counts, len(counts) * steps)
+                self._receivers[tag, source] = ReceiveChannel(ring, counts, len(counts) * steps)
         if self._staging.is_polled:
             self._comm.meanwhile(self._progress)
 
@@ -81,23 +80,18 @@ class Channels:
     def receive(self, transfer: Transfer) -> Held:
         """Wait for a message."""
         if transfer.is_local:
-            return self._own[transfer.edge, transfer.direction].popleft()
-        channel = self._receivers[transfer.edge, transfer.direction, transfer.source]
+            return self._own[transfer.tag].popleft()
+        channel = self._receivers[transfer.tag, transfer.source]
         message = channel.next()
-        return Held(transfer.samples, message.views, message, channel)
+        return Held(message.views, message, channel)
 
     def send(self, transfer: Transfer, rows: Sequence[Tensor]) -> None:
         """Copy the rows of each value into a slot and start sending it; hand them over as they are to a
         stage of this rank."""
         if transfer.is_local:
-            self._own[transfer.edge, transfer.direction].append(Held(transfer.samples, rows))
+            self._own[transfer.tag].append(Held(rows))
             return
-        self._senders[transfer.edge, transfer.direction, transfer.target].send(rows)
-
-
-def port_of(ports: Sequence[Port], edge: int) -> Port:
-    """The port of an edge."""
-    return next(p for p in ports if p.edge == edge)
+        self._senders[transfer.tag, transfer.target].send(rows)
 
 
 def joined(parts: Sequence[Held], device: torch.device) -> list[Tensor]:
@@ -116,10 +110,10 @@ def _rings(
     for instruction in schedule.programs[comm.rank]:
         if isinstance(instruction, Send | Receive) and not instruction.transfer.is_local:
             t = instruction.transfer
-            counts[t.edge, t.direction, t.source, t.target].append(len(t.samples))
+            counts[t.tag, t.source, t.target].append(len(t.samples))
     rings = {}
     for channel in schedule.channels:
-        ends = (channel.edge, channel.direction, channel.source, channel.target)
+        ends = (channel.tag, channel.source, channel.target)
         if ends in counts:
             port = port_of([p for f in stages for p in (*f.receives, *f.sends)], channel.edge)
             rings[ends] = (Ring(comm, channel, port.values, counts[ends], staging), counts[ends])

@@ -1,13 +1,13 @@
 """Runs a rank's program: one loop over its instructions.
 
 Messages live in rings; an input that came in one message is a view of it and stays there until its backward
-is done. Only this loop talks to the communicator.
+is done. Only this loop talks to the communicator. What an instruction reaches for was found beforehand (see
+`binding`): the loop only follows numbers.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import numpy as np
@@ -16,27 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpp.plan import Plan
-from gpp.program.stage import ForwardResult, StageProgram, TermSum, ValueSpec
-from gpp.schedule.lower import returns_gradient
-from gpp.schedule.task import (
-    Compute,
-    Direction,
-    Instruction,
-    Pass,
-    Receive,
-    Reduce,
-    Reduction,
-    Report,
-    Samples,
-    Schedule,
-    Send,
-    Task,
-    Transfer,
-    Update,
-)
+from gpp.program.stage import ForwardResult, StageProgram, TermSum
+from gpp.schedule.task import Pass, Reduce, Reduction, Schedule, Update
 from gpp.trace import Activity, Span
 
-from .channels import Channels, Held, joined, port_of
+from .binding import Arrival, Bound, Call, Departure, bind
+from .channels import Channels, Held, joined
 from .communicator import Communicator
 from .rank_state import RankState
 from .reduce import Slots
@@ -45,7 +30,6 @@ from .schedules import pieces_of
 from .staging import Staging
 
 Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
-_Piece = tuple[int, Samples]  # of a stage
 
 
 @dataclass(frozen=True)
@@ -76,25 +60,21 @@ class Executor:
         staging: Staging | None = None,
     ) -> None:
         self.comm = comm
-        self.plan = plan
         self.schedule = schedule
-        self.program = schedule.programs[comm.rank] if comm.rank < len(schedule.programs) else ()
         self.state = state
         self.loss = loss
         self.device = device
-        self.functions = {p.stage: p.evaluate if schedule.forward_only else p.train for p in programs}
-        pieces = {stage: pieces_of(schedule, comm.rank, stage) for stage in self.functions}
-        reading = [stage for stage, functions in self.functions.items() if functions.batch_keys]
+        functions = {p.stage: p.evaluate if schedule.forward_only else p.train for p in programs}
+        self.stages = tuple(functions)
+        pieces = {stage: pieces_of(schedule, comm.rank, stage) for stage in functions}
+        reading = [stage for stage, face in functions.items() if face.batch_keys]
         self.rows = sorted(
             {i for s in reading for piece in pieces[s] for i in range(piece.start, piece.stop)}
         )
-        self.keys = tuple(
-            dict.fromkeys(key for s in reading if pieces[s] for key in self.functions[s].batch_keys)
-        )
-        self.row_of = {sample: row for row, sample in enumerate(self.rows)}
-        updates = [i for i, instruction in enumerate(self.program) if isinstance(instruction, Update)]
-        self.last_update = updates[-1] if updates else -1
-        self.channels = Channels(comm, schedule, list(self.functions.values()), staging)
+        self.keys = tuple(dict.fromkeys(key for s in reading if pieces[s] for key in functions[s].batch_keys))
+        row_of = {sample: row for row, sample in enumerate(self.rows)}
+        self.program = bind(plan, schedule, comm.rank, functions, row_of)
+        self.channels = Channels(comm, schedule, list(functions.values()), staging)
         self.slots = Slots()
         self.spans: list[Span] = []
         self._positions: dict[int, tuple[NDArray[np.int64], Tensor]] = {}
@@ -119,193 +99,200 @@ class Executor:
     def run(self, step: int, batch: Batch, *, record: bool = False, predict: bool = False) -> StepOutcome:
         """Run the program once. `step` keys random numbers; `batch` holds this rank's rows. With `predict`
         the predictions of its stages are kept."""
-        run = _Step(self, step, batch, self.spans if record else None, predict=predict)
+        run = _Step(self, step, batch, predict=predict)
         with torch.no_grad():
-            for at, instruction in enumerate(self.program):
-                run.execute(at, instruction)
-            run.finish()
-        return StepOutcome(run.terms, run.norm, run.predictions)
+            if record:
+                self._record(run, step)
+            else:
+                for instruction in self.program.instructions:
+                    run.execute(instruction)
+            run.release()
+        return StepOutcome(run.numbers(), run.norm, run.predictions)
+
+    def _record(self, run: "_Step", step: int) -> None:
+        stage = next(iter(self.stages), -1)
+        for instruction in self.program.instructions:
+            start = time.perf_counter()
+            run.execute(instruction)
+            stop = time.perf_counter()
+            if len(self.stages) > 1:  # what is not a pass belongs to the one that ran last
+                stage = run.stage
+            self.spans.append(_span(instruction, start, stop, self.comm.rank, stage, step))
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What a stage keeps of some samples between its passes."""
+
+    stash: list[Tensor] = field(default_factory=list)  # for the next pass
+    kept: list[Held] = field(default_factory=list)  # messages that it reads
+    inputs: Sequence[Tensor] | None = None  # of a forward to run again
 
 
 class _Step:
     """The state of one run of the program."""
 
-    def __init__(
-        self, owner: Executor, step: int, batch: Batch, spans: list[Span] | None, *, predict: bool
-    ) -> None:
+    def __init__(self, owner: Executor, step: int, batch: Batch, *, predict: bool) -> None:
         self.owner = owner
         self.predict = predict
         self.predictions: list[Prediction] = []
         self.step = step
         self.batch = batch
-        self.spans = spans
-        self.terms: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+        self.terms: list[tuple[str, int, int, Tensor | float]] = []
         self.norm: float | None = None
-        self.held: dict[tuple[int, Direction], list[Held]] = defaultdict(list)
-        self.stash: dict[_Piece, tuple[list[Tensor], list[Held]]] = {}
-        self.inputs: dict[_Piece, tuple[list[Tensor], list[Held]]] = {}  # of forwards to run again
-        self.late: dict[_Piece, tuple[list[Tensor], list[Held]]] = {}  # what weight halves still need
+        self.held: list[Held | None] = [None] * owner.program.messages
+        self.pieces: list[_Piece | None] = [None] * owner.program.pieces
         self.used: list[Held] = []  # slots to give back after the sends of this pass
-        self.outputs: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self.task = Task(Pass.FORWARD, -1, Samples(0, 1))  # the last one: whose results are sent
+        self.outputs: Sequence[Tensor] = ()  # of the last pass
+        self.gradients: Sequence[Tensor] = ()
+        self.stage = -1  # of the last pass
         self.weight: float | None = None
         self.scaled = False
 
-    def execute(self, at: int, instruction: Instruction) -> None:
-        if self.used and not isinstance(instruction, Send):
+    def execute(self, instruction: Bound) -> None:
+        if isinstance(instruction, Departure):
+            self.send(instruction)
+            return
+        if self.used:
             # the sends behind a pass may still read views of its buffers, the checker reckons so too
-            self.release(self.used)
-            self.used = []
+            self.release()
         match instruction:
-            case Receive(transfer):
-                with self.span(Activity.WAIT, "recv", transfer):
-                    self.receive(transfer)
-            case Compute(task):
-                with self.span(Activity.COMPUTE, task.kind.value, task):
-                    self.compute(task)
-            case Send(transfer):
-                with self.span(Activity.SEND, "send", transfer):
-                    self.send(transfer)
+            case Arrival():
+                self.held[instruction.message] = self.owner.channels.receive(instruction.transfer)
+            case Call():
+                self.compute(instruction)
             case Reduce():
-                with self.span(Activity.REDUCE, f"reduce {instruction.what.value}"):
-                    self.reduce(instruction)
+                self.reduce(instruction)
             case Update():
-                if at == self.owner.last_update:  # one optimizer for all stages of the rank
-                    with self.span(Activity.UPDATE, "update"):
-                        self.update()
-            case Report():
-                pass  # the trainer collects self.terms
+                self.update()
             case _:
                 assert_never(instruction)
 
-    def span(self, activity: Activity, label: str, what: Task | Transfer | None = None) -> "_Timer":
-        return _Timer(self, activity, label, what)
+    def send(self, departure: Departure) -> None:
+        values = self.gradients if departure.gradient else self.outputs
+        carried = [values[number] for number in departure.values]
+        if departure.rows is not None:
+            carried = [value[departure.rows] for value in carried]
+        self.owner.channels.send(departure.transfer, carried)
 
-    def receive(self, transfer: Transfer) -> None:
-        held = self.owner.channels.receive(transfer)
-        self.held[transfer.edge, transfer.direction].append(held)
-
-    def send(self, transfer: Transfer) -> None:
-        functions = self.owner.functions[self.task.stage]
-        gradient = transfer.direction is Direction.GRADIENT
-        port = port_of(functions.receives if gradient else functions.sends, transfer.edge)
-        values = self.gradients if gradient else self.outputs
-        carried = [values[v.name] for v in port.values if v.needs_grad or not gradient]
-        if transfer.samples != self.task.samples:
-            start = transfer.samples.start - self.task.samples.start
-            carried = [value[start : start + len(transfer.samples)] for value in carried]
-        self.owner.channels.send(transfer, carried)
-
-    def compute(self, task: Task) -> None:
-        self.task = task
-        piece = (task.stage, task.samples)
-        match task.kind:
+    def compute(self, call: Call) -> None:
+        self.stage = call.task.stage
+        match call.task.kind:
             case Pass.FORWARD:
-                self.forward(task)
+                self.forward(call)
             case Pass.BACKWARD:
-                gradients = self.backward_input(task)
-                self.backward_weight(task)
+                gradients = self.backward_input(call)
+                self.backward_weight(call)
                 self.used += gradients
             case Pass.BACKWARD_INPUT:
-                gradients = self.backward_input(task)
-                stash, kept = self.late[piece]
-                self.late[piece] = (_apart(stash, gradients), kept)
+                gradients = self.backward_input(call)
+                piece = self.piece(call)
+                piece.stash = _apart(piece.stash, gradients)
                 self.used = gradients
             case Pass.BACKWARD_WEIGHT:
-                self.backward_weight(task)
+                self.backward_weight(call)
             case Pass.RECOMPUTE:
-                self.recompute(task)
+                self.recompute(call, self.piece(call))
             case _:
-                assert_never(task.kind)
+                assert_never(call.task.kind)
 
-    def forward(self, task: Task) -> None:
-        owner, functions = self.owner, self.owner.functions[task.stage]
-        received: dict[str, Tensor] = {}
-        kept: list[Held] = []
-        for port in functions.receives:
-            parts = self.take(port.edge, Direction.ACTIVATION, task.samples)
-            received |= dict(zip((v.name for v in port.values), joined(parts, owner.device), strict=True))
-            kept += parts
-        inputs = [received[v.name] for v in functions.inputs]
-        inputs += [self.rows(key, task.samples) for key in functions.batch_keys]
-        result = self.run_forward(task, inputs, owner.own_state.buffer_arguments[task.stage])
-        self.outputs = dict(zip((v.name for v in functions.outputs), result.outputs, strict=True))
-        for name, term in zip(functions.terms, result.terms, strict=True):
-            self.terms[name].append((task.samples.start, task.samples.stop, float(term)))
+    def piece(self, call: Call) -> _Piece:
+        piece = self.pieces[call.piece]
+        assert piece is not None  # the checker has seen the forward
+        return piece
+
+    def forward(self, call: Call) -> None:
+        values, kept = self.gather(call)
+        inputs = [values[number] for (number,) in call.gather.values]
+        inputs += [self.batch[key][call.rows] for key in call.keys]
+        result = self.run_forward(call, inputs, self.owner.own_state.buffer_arguments[call.task.stage])
+        self.outputs = result.outputs
+        samples = call.task.samples
+        for name, term in zip(call.terms, result.terms, strict=True):
+            # the number, or on a device, which the host need not wait for, a copy: it may lie in a buffer
+            number = float(term) if term.device.type == "cpu" else term.clone()
+            self.terms.append((name, samples.start, samples.stop, number))
         if self.predict:
-            for name, value in zip(functions.predictions, result.predictions, strict=True):
+            for name, value in zip(call.predictions, result.predictions, strict=True):
                 copy = value.to("cpu", copy=True).contiguous()
-                self.predictions.append(Prediction(name, task.samples.start, task.samples.stop, copy))
-        stage = owner.plan.stage_graph.stages[task.stage]
-        if not stage.has_backward or owner.schedule.forward_only:
+                self.predictions.append(Prediction(name, samples.start, samples.stop, copy))
+        if not call.stashes:
             self.used = kept
-        elif stage.recompute:
-            self.inputs[task.stage, task.samples] = (inputs, kept)
+        elif call.again:
+            self.pieces[call.piece] = _Piece(kept=kept, inputs=inputs)
         else:
-            self.stash[task.stage, task.samples] = (list(result.stash), kept)
+            self.pieces[call.piece] = _Piece(list(result.stash), kept)
 
-    def run_forward(self, task: Task, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> ForwardResult:
-        owner = self.owner
-        position = owner.position(self.step, task.samples.start)
-        run = owner.functions[task.stage].sizes[len(task.samples)]
-        return run.forward(owner.own_state.arguments[task.stage], buffers, inputs, position)
+    def run_forward(self, call: Call, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> ForwardResult:
+        position = self.owner.position(self.step, call.task.samples.start)
+        arguments = self.owner.own_state.arguments[call.task.stage]
+        return call.functions.forward(arguments, buffers, inputs, position)
 
-    def recompute(self, task: Task) -> None:
+    def recompute(self, call: Call, piece: _Piece) -> None:
         """The forward again, for its stash: random operators are keyed and give the same bits; buffers have
         had their update and are left alone."""
-        inputs, kept = self.inputs.pop((task.stage, task.samples))
-        copies = [buffer.clone() for buffer in self.owner.own_state.buffer_arguments[task.stage]]
-        self.stash[task.stage, task.samples] = (list(self.run_forward(task, inputs, copies).stash), kept)
+        copies = [buffer.clone() for buffer in self.owner.own_state.buffer_arguments[call.task.stage]]
+        assert piece.inputs is not None  # nobody runs it a third time
+        piece.stash = list(self.run_forward(call, piece.inputs, copies).stash)
+        piece.inputs = None
 
-    def backward_input(self, task: Task) -> list[Held]:
+    def backward_input(self, call: Call) -> list[Held]:
         """The input half; what the weight half needs is put aside. Returns the gradients' buffers."""
-        owner, functions = self.owner, self.owner.functions[task.stage]
-        edges = owner.plan.stage_graph.edges
-        arrived: dict[str, list[Tensor]] = defaultdict(list)
-        used: list[Held] = []
-        # eager autograd sums the uses of a value from the last to the first
-        for port in reversed(functions.sends):
-            values = [v for v in port.values if v.needs_grad]
-            if not returns_gradient(owner.plan.stage_graph, edges[port.edge]):
-                continue
-            parts = self.take(port.edge, Direction.GRADIENT, task.samples)
-            for value, gradient in zip(values, joined(parts, owner.device), strict=True):
-                arrived[value.name].append(gradient)
-            used += parts
-        piece, size = (task.stage, task.samples), len(task.samples)
-        if piece in self.inputs:
-            self.recompute(task)
-        tangents = [_sum(arrived[v.name], v, size, owner.device) for v in functions.outputs if v.needs_grad]
-        stash, kept = self.stash.pop(piece)
-        back = functions.sizes[size].backward_input(owner.own_state.arguments[task.stage], stash, tangents)
-        names = (v.name for v in functions.inputs if v.needs_grad)
-        self.gradients = dict(zip(names, back.gradients, strict=True))
-        self.late[piece] = (list(back.stash), kept)
+        values, used = self.gather(call)
+        piece = self.piece(call)
+        if piece.inputs is not None:
+            self.recompute(call, piece)
+        tangents = [
+            _sum([values[n] for n in numbers]) if numbers else self.zeros(call, at)
+            for at, numbers in enumerate(call.gather.values)
+        ]
+        arguments = self.owner.own_state.arguments[call.task.stage]
+        back = call.functions.backward_input(arguments, piece.stash, tangents)
+        self.gradients = back.gradients
+        piece.stash = list(back.stash)
         return used
 
-    def backward_weight(self, task: Task) -> None:
-        state = self.owner.own_state
-        stash, kept = self.late.pop((task.stage, task.samples))
-        run = self.owner.functions[task.stage].sizes[len(task.samples)]
-        sums = state.sums[task.stage]
-        state.reach(task.stage, run.backward_weight(state.arguments[task.stage], stash, sums))
-        self.used = kept
+    def zeros(self, call: Call, tangent: int) -> Tensor:
+        """The gradient of an output that only stages without a backward read."""
+        value = call.tangents[tangent]
+        return torch.zeros(
+            (len(call.task.samples), *value.shape), dtype=value.dtype, device=self.owner.device
+        )
 
-    def take(self, edge: int, way: Direction, samples: Samples) -> list[Held]:
-        """The messages that make up `samples`, in order."""
-        held = self.held[edge, way]
-        parts = [h for h in held if h.samples.intersection(samples) is not None]
-        self.held[edge, way] = [h for h in held if h not in parts]
-        return sorted(parts, key=lambda h: h.samples)
+    def backward_weight(self, call: Call) -> None:
+        stage, state, piece = call.task.stage, self.owner.own_state, self.piece(call)
+        found = call.functions.backward_weight(state.arguments[stage], piece.stash, state.sums[stage])
+        state.reach(stage, found)
+        self.used = piece.kept
+        self.pieces[call.piece] = None
 
-    def rows(self, key: str, samples: Samples) -> Tensor:
-        start = self.owner.row_of[samples.start]
-        return self.batch[key][start : start + len(samples)]
+    def gather(self, call: Call) -> tuple[list[Tensor], list[Held]]:
+        """The values that messages bring a pass, and the messages."""
+        values: list[Tensor] = []
+        taken: list[Held] = []
+        for port in call.gather.ports:
+            parts: list[Held] = []
+            for number in port:
+                held = self.held[number]
+                assert held is not None  # the checker has seen it arrive
+                parts.append(held)
+                self.held[number] = None
+            values += joined(parts, self.owner.device)
+            taken += parts
+        return values, taken
 
-    def release(self, held: Sequence[Held]) -> None:
-        for item in held:
+    def release(self) -> None:
+        """Give the buffers of the last pass back."""
+        for item in self.used:
             item.release()
+        self.used = []
+
+    def numbers(self) -> dict[str, list[tuple[int, int, float]]]:
+        """The terms so far. Only now the host waits for a device that computes them."""
+        found: dict[str, list[tuple[int, int, float]]] = {}
+        for name, start, stop, term in self.terms:
+            found.setdefault(name, []).append((start, stop, float(term)))
+        return found
 
     def reduce(self, instruction: Reduce) -> None:
         owner, state = self.owner, self.owner.own_state
@@ -313,7 +300,7 @@ class _Step:
             case Reduction.GRADIENTS:
                 state.reduce(owner.comm, instruction.group, instruction.stage, instruction.shared)
             case Reduction.LOSS_WEIGHT:
-                weight = local_weight(owner.loss, self.terms)
+                weight = local_weight(owner.loss, self.numbers())
                 parts = owner.slots.gather(owner.comm, instruction.group, [weight])
                 self.weight = sum(part[0] for part in parts)
             case Reduction.NORM:
@@ -330,64 +317,58 @@ class _Step:
         if self.owner.loss.weight is None:
             self.owner.state.scale(float(self.owner.schedule.samples))
         else:
-            local = self.weight if self.weight is not None else local_weight(self.owner.loss, self.terms)
+            local = self.weight if self.weight is not None else local_weight(self.owner.loss, self.numbers())
             self.owner.state.scale(local)
 
     def update(self) -> None:
+        """The optimizer's step, one for all stages of the rank."""
         self.scale()
         state = self.owner.own_state
         self.norm = state.update()
         state.spread(self.owner.comm)
 
-    def finish(self) -> None:
-        self.release(self.used)
 
-
-class _Timer:
-    """Records one span, if the step is recorded."""
-
-    def __init__(self, step: _Step, activity: Activity, label: str, what: Task | Transfer | None) -> None:
-        self.step, self.activity, self.label, self.what = step, activity, label, what
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self.step.spans is None:
-            return
-        what = self.what
-        self.step.spans.append(
-            Span(
-                rank=self.step.owner.comm.rank,
-                activity=self.activity,
-                label=self.label,
-                start=self.start,
-                stop=time.perf_counter(),
-                stage=_stage_of(self.step, what),
-                samples=(what.samples.start, what.samples.stop) if what is not None else None,
-                edge=what.edge if isinstance(what, Transfer) else -1,
-                step=self.step.step,
-            )
-        )
-
-
-def _stage_of(step: _Step, what: Task | Transfer | None) -> int:
-    """The stage a span belongs to: of what is not a pass, the one that ran last; the only one, mostly."""
-    if isinstance(what, Task):
-        return what.stage
-    return step.task.stage if len(step.owner.functions) > 1 else next(iter(step.owner.functions), -1)
+def _span(instruction: Bound, start: float, stop: float, rank: int, stage: int, step: int) -> Span:
+    samples, edge = None, -1
+    match instruction:
+        case Arrival():
+            activity, label = Activity.WAIT, "recv"
+        case Departure():
+            activity, label = Activity.SEND, "send"
+        case Call():
+            activity, label = Activity.COMPUTE, instruction.task.kind.value
+            samples, stage = instruction.task.samples, instruction.task.stage
+        case Reduce():
+            activity, label = Activity.REDUCE, f"reduce {instruction.what.value}"
+        case Update():
+            activity, label = Activity.UPDATE, "update"
+        case _:
+            assert_never(instruction)
+    if isinstance(instruction, Arrival | Departure):
+        samples, edge = instruction.transfer.samples, instruction.transfer.edge
+    return Span(
+        rank=rank,
+        activity=activity,
+        label=label,
+        start=start,
+        stop=stop,
+        stage=stage,
+        samples=(samples.start, samples.stop) if samples is not None else None,
+        edge=edge,
+        step=step,
+    )
 
 
 def _apart(stash: Sequence[Tensor], gradients: Sequence[Held]) -> list[Tensor]:
     """The tensors, those that are views of the gradients' buffers copied: these are given back before the
     weight half runs."""
+    if not stash:
+        return []
     lent = {view.untyped_storage().data_ptr() for held in gradients for view in held.views}
     return [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in stash]
 
 
-def _sum(gradients: Sequence[Tensor], value: ValueSpec, size: int, device: torch.device) -> Tensor:
-    if not gradients:  # only stages without a backward read it
-        return torch.zeros((size, *value.shape), dtype=value.dtype, device=device)
+def _sum(gradients: Sequence[Tensor]) -> Tensor:
     total = gradients[0]
     for gradient in gradients[1:]:
         total = total + gradient

@@ -8,10 +8,13 @@ memory (`OnHost`); a device whose messages are staged in pinned memory, by copie
 """
 
 from collections.abc import Sequence
+from ctypes import memmove
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+SMALL = 1 << 18  # bytes: torch's copies may use several threads, but take longer to begin
 
 
 class Slot(Protocol):
@@ -65,7 +68,12 @@ class HostSlot:
     def fill(self, views: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """See `Slot`."""
         for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor)
+            size = view.nbytes
+            lazy = tensor.is_neg() or tensor.is_conj()  # a sign that is yet to be applied
+            if size <= SMALL and tensor.is_contiguous() and not lazy:
+                memmove(view.data_ptr(), tensor.data_ptr(), size)
+            else:
+                view.copy_(tensor)
 
     def arrived(self, size: int) -> None:
         """See `Slot`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpirun import REPOSITORY, job_environment, run_mpi, why_no_mpi
+from tests.thorough import thorough
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def test_alone(script: Path) -> None:
     check(done.stdout, done.stderr)
 
 
+@thorough
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
 def test_on_ranks(script: Path) -> None:

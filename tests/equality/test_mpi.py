@@ -1,15 +1,14 @@
 """The same cases as processes under a real mpirun: one job a world size runs all of its cases.
 
-With sends as they are, or synchronous: then nothing leans on room that the MPI library has, and the buffers of
-the schedule, as many as it says, are enough. All of it takes minutes: a world size runs in one of the ways,
-GPP_ALL_TESTS=1 in the environment runs both.
+With sends as they are, or synchronous: then nothing leans on room that the MPI library has, and the buffers
+of the schedule, as many as it says, are enough. All of it takes minutes: a world size runs in one of the
+ways, GPP_ALL_TESTS=1 in the environment runs both.
 """
-
-import os
 
 import pytest
 
 from tests.mpirun import run_mpi, why_no_mpi
+from tests.thorough import ALL
 
 from .cases import of_processes
 
@@ -24,7 +23,7 @@ ONCE = ((1, PLAIN), (2, SYNCHRONOUS), (3, PLAIN), (4, SYNCHRONOUS), (6, PLAIN))
 BOTH = [(ranks, way) for ranks, _ in ONCE for way in (PLAIN, SYNCHRONOUS)]
 
 
-@pytest.mark.parametrize(("ranks", "synchronous"), BOTH if os.environ.get("GPP_ALL_TESTS") else ONCE)
+@pytest.mark.parametrize(("ranks", "synchronous"), BOTH if ALL else ONCE)
 def test_equal_to_reference(ranks: int, synchronous: str) -> None:
     expected = [f"passed {case.name}" for case in of_processes(ranks)]
     assert expected

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 
 from tests.mpirun import run_mpi, why_no_mpi
+from tests.thorough import thorough
 
-PROGRAM = """
+SUMS = """
 import torch
 from gpp.runtime.communicator import CommunicationError
 from gpp.runtime.mpi import connect
 from gpp.runtime.process_groups import ProcessGroups
-from tests.equality import harness
-from tests.equality.cases import CASES
 
 torch.set_num_threads(1)
 comm = connect()
@@ -32,6 +31,11 @@ try:
 except CommunicationError as error:
     assert "no process group of the ranks (0, 2)" in str(error)
 
+"""
+TRAINING = """
+from tests.equality import harness
+from tests.equality.cases import CASES
+
 
 class Summed(harness.Watched):
     used = 0
@@ -46,18 +50,33 @@ harness.Watched = Summed
 ready = harness.prepare(next(c for c in CASES if c.name == "replicas-1-2-1-clipped"))
 harness.compare(ready, [harness.run_rank(ready, comm, ready.programs(comm.rank))])
 used = comm.all_gather_object(Summed.used)
+if comm.rank == 0:
+    print("trained", used)
+"""
+END = """
 groups.close()
 if comm.rank == 0:
-    print("passed", used)
+    print("passed")
 comm.close()
 """
+
+
+def said(tmp_path: Path, *parts: str) -> list[str]:
+    script = tmp_path / "sums.py"
+    script.write_text("".join(parts))
+    job = run_mpi(4, str(script), timeout=100)
+    assert job.returncode == 0, job.stdout + job.stderr
+    return job.stdout.splitlines()
 
 
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=why_no_mpi() or "")
 def test_sums_are_those_of_the_members(tmp_path: Path) -> None:
-    script = tmp_path / "sums.py"
-    script.write_text(PROGRAM)
-    job = run_mpi(4, str(script), timeout=100)
-    assert job.returncode == 0, job.stdout + job.stderr
-    assert job.stdout.strip() == "passed [0, 3, 3, 0]"
+    assert said(tmp_path, SUMS, END) == ["passed"]
+
+
+@thorough
+@pytest.mark.mpi
+@pytest.mark.skipif(why_no_mpi() is not None, reason=why_no_mpi() or "")
+def test_training_with_them_is_the_reference(tmp_path: Path) -> None:
+    assert said(tmp_path, SUMS, TRAINING, END) == ["trained [0, 3, 3, 0]", "passed"]

@@ -185,3 +185,26 @@ def test_pinned_memory_carries_what_a_device_computes() -> None:
             receive.release(message)
 
     run(LoopbackWorld(2), body, threads=1)
+
+
+LAID_OUT = {
+    "in a row": torch.arange(6.0).view(2, 3),
+    "apart": torch.arange(6.0).view(3, 2).T,
+    "large": torch.randn(1 << 8, 1 << 9, generator=torch.Generator().manual_seed(1)),
+    "nothing": torch.empty(0, 3),
+    "conjugated": torch.complex(torch.arange(6.0), torch.ones(6)).conj(),
+    "negated": torch.complex(torch.zeros(1), torch.ones(1)).conj().imag,
+    "a leaf that learns": torch.ones(3, requires_grad=True),
+    "bits": torch.tensor([True, False, True]),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_what_the_host_fills_in_is_the_tensor(name: str) -> None:
+    tensor = LAID_OUT[name]
+    slot = OnHost().slot(tensor.nbytes, sending=True)
+    slot.wire.fill_(77)
+    view = slot.wire.view(tensor.dtype).view(tensor.shape)
+    with torch.no_grad():
+        slot.fill([view], [tensor])
+    assert torch.equal(view, tensor.detach())
