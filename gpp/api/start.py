@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from gpp.program.build import Hooks
 from gpp.runtime.agreement import same
 from gpp.runtime.communicator import as_bytes
 from gpp.runtime.environment import local_rank
-from gpp.runtime.staging import host_staging
+from gpp.runtime.staging import OnDevice, Staging, host_staging
 from gpp.runtime.state import MakeOptimizer, MakeScheduler
 from gpp.topology import DeviceTopology
 
@@ -29,6 +29,9 @@ from .optimizer import optimizer_factor
 from .pipeline import Pipeline
 from .plan import check_subject, machine
 from .plan import plan as planned
+
+if TYPE_CHECKING:
+    from gpp.runtime.mpi import MpiCommunicator
 
 ALONE = 4  # ranks without MPI, unless it is said otherwise
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # as a user and as plans call them
@@ -57,6 +60,7 @@ def pipeline(
     ema: float | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    transport: Literal["host", "device"] = "host",
     seed: int = 0,
     verify: bool = True,
     hooks: Hooks | None = None,
@@ -78,6 +82,9 @@ def pipeline(
     made, see `gpp.api.plan.plan`.
 
     `clip_norm`, `log_norm` and `ema`: see `gpp.api.job.Training`. `hooks` rewrite and compile the stages.
+    `transport`: messages of CUDA devices go through pinned host memory, or with "device" straight to an MPI
+    that takes device memory (`launch.train transport=auto` finds out whether yours does). To accumulate
+    gradients over parts, give a step all of them: it goes through the pipeline by micro-batches anyway.
 
     Raises CaptureError, PlanError, ProgramError or DeviceMemoryError on the rank that fails and RefusedError
     with the same words on the others.
@@ -86,6 +93,7 @@ def pipeline(
     count = _devices(devices, cluster, plan, None if comm is None else comm.size)
     crew = Crew(comm, count, comm)
     target = crew.together(lambda: pick_device(device))
+    staging = crew.together(lambda: staging_of(transport, target, comm))
     begun = model if isinstance(model, Initialised) else build_plain(lambda: model, seed)
     autocast = Autocast(target.type) if PRECISIONS[precision] == "bfloat16" else None
 
@@ -139,7 +147,7 @@ def pipeline(
         device=target,
         names=state_names(begun.model),
         hooks=hooks,
-        staging=host_staging(target) if target.type == "cuda" else None,
+        staging=staging,
     )
 
 
@@ -153,6 +161,19 @@ def pick_device(wanted: str) -> torch.device:
     index = (local_rank() or 0) % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def staging_of(transport: str, device: torch.device, comm: "MpiCommunicator | None") -> Staging:
+    """How messages get from device to device. Raises RefusedError for device memory without MPI or CUDA."""
+    if transport != "device":
+        return host_staging(device)
+    if comm is None or device.type != "cuda":
+        raise RefusedError(
+            f'transport="device" hands memory of CUDA devices to MPI, but stages run on {device.type} '
+            f'{"under" if comm is not None else "without"} MPI: use transport="host"'
+        )
+    comm.device_memory = True
+    return OnDevice(device)
 
 
 def state_names(model: nn.Module) -> dict[str, str]:

@@ -41,12 +41,12 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """Send values of the last pass: of its outputs, or of the gradients that it found, by number; `rows` of
-    them if not all."""
+    """Send values of the last pass: of its outputs, or of the gradients that it found, by number, or all in
+    order; `rows` of them, or all."""
 
     transfer: Transfer
     gradient: bool
-    values: tuple[int, ...]
+    values: tuple[int, ...] | None
     rows: slice | None
 
 
@@ -86,11 +86,11 @@ _NOTHING = Gather((), ())
 
 @dataclass(frozen=True)
 class BoundProgram:
-    """A program, and how many messages and micro-batches of stages it deals with."""
+    """A program, the number of messages that it deals with, and the first sample of each piece."""
 
     instructions: tuple[Bound, ...]
     messages: int
-    pieces: int
+    starts: tuple[int, ...]
 
 
 def bind(
@@ -159,7 +159,7 @@ def bind(
                 pass
             case _:
                 bound.append(instruction)
-    return BoundProgram(tuple(bound), messages, len(pieces))
+    return BoundProgram(tuple(bound), messages, tuple(samples.start for _, samples in pieces))
 
 
 def port_of(ports: Sequence[Port], edge: int) -> Port:
@@ -195,4 +195,5 @@ def _departure(transfer: Transfer, task: Task, face: StageFunctions) -> Departur
     values = tuple(known.index(v.name) for v in channel_values(port.values, transfer.direction))
     start = transfer.samples.start - task.samples.start
     rows = slice(start, start + len(transfer.samples)) if transfer.samples != task.samples else None
-    return Departure(transfer, gradient, values, rows)
+    every = values == tuple(range(len(known)))
+    return Departure(transfer, gradient, None if every else values, rows)

@@ -12,7 +12,7 @@ requests. On a device a slot becomes ready later (see `staging`): whoever waits 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, cycle
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from gpp.program.stage import ValueSpec
 from gpp.schedule.task import Channel, Direction
 
 from .communicator import CommunicationError, Communicator, PersistentRequest
-from .staging import OnHost, Slot, Staging
+from .staging import OnHost, Slot, Staging, Write
 
 ALIGNMENT = 64  # bytes: a cache line, and a multiple of every data type's size
 
@@ -60,14 +60,15 @@ def check_rows(views: Sequence[Tensor], tensors: Sequence[Tensor], values: Seque
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A slot with room for `samples` samples: the values that stages read or that are to be sent, and the
-    request that carries its `size` bytes."""
+    """A slot with room for `samples` samples: the values that stages read or that are to be sent, what writes
+    them at a sending end, and the request that carries its `size` bytes."""
 
     number: int  # of the slot in its ring
     samples: int
     size: int
     views: tuple[Tensor, ...]
     slot: Slot
+    write: Write
     request: PersistentRequest
 
 
@@ -116,7 +117,7 @@ class Ring:
         else:
             request = comm.recv_init(wire, channel.source, channel.tag)
             views = message_views(slot.local, self.values, samples)
-        return Message(number, samples, size, views, slot, request)
+        return Message(number, samples, size, views, slot, slot.writer(views), request)
 
     def message(self, slot: int, samples: int) -> Message:
         """The slot as a message of so many samples."""
@@ -126,13 +127,16 @@ class Ring:
 class SendChannel:
     """The sending end: a message waits in its slot until the other end has taken it.
 
-    The k-th message has counts[k mod len(counts)] samples: one cycle is one step.
+    The k-th message has counts[k mod len(counts)] samples: one cycle is one step. What a stage hands over is
+    laid out alike in every cycle, so only the first is looked at.
     """
 
     def __init__(self, ring: Ring, counts: Sequence[int]):
         self._ring = ring
-        self._counts = tuple(counts)
-        self._sent = 0
+        self._slots = ring.channel.slots
+        self._messages = map(ring.message, cycle(range(self._slots)), cycle(counts))
+        self._unseen = len(counts)
+        self._lazy = False  # whether some tensors have a sign or conjugate that is yet to be applied
         self._filled: deque[Message] = deque()  # not started: the device has still to write them
         self._under_way: deque[Message] = deque()
 
@@ -141,24 +145,32 @@ class SendChannel:
 
         Copies them; waits only if all slots are still on their way.
         """
-        channel = self._ring.channel
-        if len(self._filled) + len(self._under_way) == channel.slots:
-            if not self._under_way:
-                self._filled[0].slot.settle()
-                self.progress()
-            self._ring.communicator.wait([self._under_way[0].request])
-            self._under_way.popleft()
-        samples = self._counts[self._sent % len(self._counts)]
-        message = self._ring.message(self._sent % channel.slots, samples)
-        rows = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
-        try:
-            check_rows(message.views, rows, self._ring.values)
-        except CommunicationError as error:
-            raise CommunicationError(f"{channel_name(channel)}: {error}") from None
-        message.slot.fill(message.views, rows)
+        if len(self._filled) + len(self._under_way) == self._slots:
+            self._make_room()
+        message = next(self._messages)
+        if self._unseen:
+            self._unseen -= 1
+            self._look_at(message, tensors)
+        if self._lazy:
+            tensors = [tensor.resolve_conj().resolve_neg() for tensor in tensors]
+        message.write(tensors)
         self._filled.append(message)
-        self._sent += 1
         self.progress()
+
+    def _make_room(self) -> None:
+        if not self._under_way:
+            self._filled[0].slot.settle()
+            self.progress()
+        message = self._under_way.popleft()
+        if not message.request.done():
+            self._ring.communicator.wait([message.request])
+
+    def _look_at(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        try:
+            check_rows(message.views, tensors, self._ring.values)
+        except CommunicationError as error:
+            raise CommunicationError(f"{channel_name(self._ring.channel)}: {error}") from None
+        self._lazy |= any(tensor.is_conj() or tensor.is_neg() for tensor in tensors)
 
     def progress(self) -> bool:
         """Start the sends whose slots have been written, in order. Returns whether others are left."""
@@ -205,9 +217,9 @@ class ReceiveChannel:
                 f"{channel_name(self._ring.channel)}: no receive is posted, {len(self._lent)} of "
                 f"{self._ring.channel.slots} slots are in use; release one before the next message"
             )
-        message = self._posted[0]
-        self._ring.communicator.wait([message.request])
-        self._posted.popleft()
+        message = self._posted.popleft()
+        if not message.request.done():
+            self._ring.communicator.wait([message.request])
         self._lent.add(message.number)
         message.slot.arrived(message.size)
         return message

@@ -13,7 +13,7 @@ from gpp.schedule.task import Receive, Schedule, Send, Transfer
 from .binding import port_of
 from .buffers import Message, ReceiveChannel, Ring, SendChannel
 from .communicator import Communicator
-from .staging import OnHost, Staging
+from .staging import Staging
 
 _Ends = tuple[int, int, int]  # tag, source, target
 
@@ -43,10 +43,10 @@ class Channels:
         comm: Communicator,
         schedule: Schedule,
         stages: Sequence[StageFunctions],
-        staging: Staging | None = None,
+        staging: Staging,
     ) -> None:
         self._comm = comm
-        self._staging = staging or OnHost()
+        self._staging = staging
         self._rings = _rings(comm, schedule, stages, self._staging) if stages else {}
         # by tag and rank at the other end: a tag is an edge and a direction
         self._receivers: dict[tuple[int, int], ReceiveChannel] = {}
@@ -94,12 +94,11 @@ class Channels:
         self._senders[transfer.tag, transfer.target].send(rows)
 
 
-def joined(parts: Sequence[Held], device: torch.device) -> list[Tensor]:
-    """Each value of the messages, one after the other; a single message on the host is not copied."""
+def joined(parts: Sequence[Held]) -> Sequence[Tensor]:
+    """Each value of the messages, one after the other; a single message is not copied."""
     if len(parts) == 1:
-        views = parts[0].views
-        return list(views) if device.type == "cpu" else [view.to(device) for view in views]
-    return [torch.cat(rows).to(device) for rows in zip(*(p.views for p in parts), strict=True)]
+        return parts[0].views
+    return [torch.cat(rows) for rows in zip(*(p.views for p in parts), strict=True)]
 
 
 def _rings(

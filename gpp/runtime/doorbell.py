@@ -8,10 +8,12 @@ on rings but time.
 
 import select
 import socket
+import struct
 from collections.abc import MutableSequence
 from mmap import mmap
 
 AWAKE, ASLEEP = 0, 1
+LONG = 5e-3  # seconds: the sleep that takes one system call; the kernel counts it in its ticks
 
 
 class Doorbell:
@@ -22,16 +24,17 @@ class Doorbell:
     """
 
     def __init__(self, job: str, rank: int, asleep: MutableSequence[int] | mmap) -> None:
-        self._job, self._rank, self._asleep = job, rank, asleep
+        self._rank, self._asleep = rank, asleep
         self._own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._own.setblocking(False)
-        self._own.bind(self._address(rank))
+        self._own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(LONG * 1e6)))
+        self._addresses = tuple(f"\0gpp-{job}-{other}".encode() for other in range(len(asleep)))
+        self._own.bind(self._addresses[rank])
 
     def ring(self, rank: int) -> None:
         """Wake a rank of this host, if it sleeps. One that has not woken from ten rings needs no more."""
         if self._asleep[rank]:
             try:
-                self._own.sendto(b"", self._address(rank))
+                self._own.sendto(b"", socket.MSG_DONTWAIT, self._addresses[rank])
             except (BlockingIOError, ConnectionRefusedError):
                 pass
 
@@ -40,13 +43,13 @@ class Doorbell:
         self._asleep[self._rank] = ASLEEP
 
     def sleep(self, seconds: float) -> None:
-        """Until it rings, or so long; what has rung before counts once."""
-        if select.select([self._own], [], [], seconds)[0]:
-            try:
-                while True:
-                    self._own.recv(1)
-            except BlockingIOError:
-                pass
+        """Until it rings, or about so long, at most LONG."""
+        if seconds < LONG and not select.select([self._own], [], [], seconds)[0]:
+            return
+        try:
+            self._own.recv(1)
+        except BlockingIOError:  # it did not ring
+            pass
 
     def get_up(self) -> None:
         """Others need not ring any more."""
@@ -55,6 +58,3 @@ class Doorbell:
     def close(self) -> None:
         """Be no longer reachable."""
         self._own.close()
-
-    def _address(self, rank: int) -> str:
-        return f"\0gpp-{self._job}-{rank}"

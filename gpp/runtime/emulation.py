@@ -8,6 +8,7 @@ one without. A device sleeps, so ranks may be many more than cores.
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -97,6 +98,10 @@ class EmulatedState:
     buffer_arguments: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
     sums: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
     slots: Slots = field(default_factory=Slots)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    norm: float | None = None
+    learning_rate: float | None = None
 
     def reach(self, stage: int, found: Sequence[bool]) -> None:
         """There is nothing to remember."""
@@ -120,6 +125,13 @@ class EmulatedState:
 
     def spread(self, comm: Communicator) -> None:
         """The update's time has it."""
+
+    def advance(self) -> None:
+        """There are no learning rates."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """There are no averages."""
+        return nullcontext()
 
 
 def emulated_state(plan: Plan, schedule: Schedule, rank: int) -> EmulatedState | None:

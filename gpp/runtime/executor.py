@@ -12,7 +12,6 @@ from typing import assert_never
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gpp.plan import Plan
@@ -27,7 +26,7 @@ from .rank_state import RankState
 from .reduce import Slots
 from .results import Prediction, local_weight
 from .schedules import pieces_of
-from .staging import Staging
+from .staging import Staging, host_staging
 
 Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
 
@@ -74,10 +73,11 @@ class Executor:
         self.keys = tuple(dict.fromkeys(key for s in reading if pieces[s] for key in functions[s].batch_keys))
         row_of = {sample: row for row, sample in enumerate(self.rows)}
         self.program = bind(plan, schedule, comm.rank, functions, row_of)
-        self.channels = Channels(comm, schedule, list(functions.values()), staging)
+        self.channels = Channels(comm, schedule, list(functions.values()), staging or host_staging(device))
         self.slots = Slots()
         self.spans: list[Span] = []
-        self._positions: dict[int, tuple[NDArray[np.int64], Tensor]] = {}
+        self._table = np.array([[0, start] for start in self.program.starts], np.int64).reshape(-1, 2)
+        self._positions = torch.from_numpy(self._table).unbind()
 
     @property
     def own_state(self) -> RankState:
@@ -85,21 +85,19 @@ class Executor:
         assert self.state is not None
         return self.state
 
-    def position(self, step: int, start: int) -> Tensor:
-        """int64 (step, first sample): the same memory for the same samples of every step."""
-        if self.device.type != "cpu":
-            return torch.tensor([step, start], device=self.device)
-        if start not in self._positions:
-            numbers = np.array([step, start])
-            self._positions[start] = (numbers, torch.from_numpy(numbers))
-        numbers, position = self._positions[start]
-        numbers[0] = step  # not through torch, which takes ten times as long where a task is short
-        return position
+    def _positions_at(self, step: int) -> Sequence[Tensor]:
+        """For each piece an int64 (step, first sample); on the host the same memory in every step."""
+        if self.device.type == "cpu":
+            self._table[:, 0] = step
+            return self._positions
+        table = torch.from_numpy(self._table).to(self.device)
+        table[:, 0] = step
+        return table.unbind()
 
     def run(self, step: int, batch: Batch, *, record: bool = False, predict: bool = False) -> StepOutcome:
         """Run the program once. `step` keys random numbers; `batch` holds this rank's rows. With `predict`
         the predictions of its stages are kept."""
-        run = _Step(self, step, batch, predict=predict)
+        run = _Step(self, batch, self._positions_at(step), predict=predict)
         with torch.no_grad():
             if record:
                 self._record(run, step)
@@ -132,16 +130,16 @@ class _Piece:
 class _Step:
     """The state of one run of the program."""
 
-    def __init__(self, owner: Executor, step: int, batch: Batch, *, predict: bool) -> None:
+    def __init__(self, owner: Executor, batch: Batch, positions: Sequence[Tensor], *, predict: bool) -> None:
         self.owner = owner
         self.predict = predict
         self.predictions: list[Prediction] = []
-        self.step = step
         self.batch = batch
+        self.positions = positions
         self.terms: list[tuple[str, int, int, Tensor | float]] = []
         self.norm: float | None = None
         self.held: list[Held | None] = [None] * owner.program.messages
-        self.pieces: list[_Piece | None] = [None] * owner.program.pieces
+        self.pieces: list[_Piece | None] = [None] * len(owner.program.starts)
         self.used: list[Held] = []  # slots to give back after the sends of this pass
         self.outputs: Sequence[Tensor] = ()  # of the last pass
         self.gradients: Sequence[Tensor] = ()
@@ -170,7 +168,7 @@ class _Step:
 
     def send(self, departure: Departure) -> None:
         values = self.gradients if departure.gradient else self.outputs
-        carried = [values[number] for number in departure.values]
+        carried = values if departure.values is None else [values[number] for number in departure.values]
         if departure.rows is not None:
             carried = [value[departure.rows] for value in carried]
         self.owner.channels.send(departure.transfer, carried)
@@ -224,9 +222,8 @@ class _Step:
             self.pieces[call.piece] = _Piece(list(result.stash), kept)
 
     def run_forward(self, call: Call, inputs: Sequence[Tensor], buffers: Sequence[Tensor]) -> ForwardResult:
-        position = self.owner.position(self.step, call.task.samples.start)
         arguments = self.owner.own_state.arguments[call.task.stage]
-        return call.functions.forward(arguments, buffers, inputs, position)
+        return call.functions.forward(arguments, buffers, inputs, self.positions[call.piece])
 
     def recompute(self, call: Call, piece: _Piece) -> None:
         """The forward again, for its stash: random operators are keyed and give the same bits; buffers have
@@ -277,7 +274,7 @@ class _Step:
                 assert held is not None  # the checker has seen it arrive
                 parts.append(held)
                 self.held[number] = None
-            values += joined(parts, self.owner.device)
+            values += joined(parts)
             taken += parts
         return values, taken
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .collectives import RESERVED_TAGS, Collectives
 from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
-from .doorbell import Doorbell
+from .doorbell import LONG, Doorbell
 from .environment import lonely, synchronous_sends
 from .last_words import spoken
 
@@ -28,8 +28,8 @@ SPIN = 20e-3  # seconds of polling before a waiting rank sleeps
 CROWD = 4  # ranks for each processor of the host; with more of them polling is what takes the time,
 BRIEF = 50e-6  # so that they poll no longer than this
 BUSY = 25e-6  # a yield that takes so long: somebody else wants the processor, and polling ends at once
-RUNG = 5e-3  # seconds that a rank sleeps where the sender rings
 LONGEST_SLEEP = 500e-6  # where nobody rings: other hosts, and what goes out, which MPI pushes on when polled
+MANY = 8  # sends under way: then it is time to see which have left
 PATIENCE = 0.1  # then sleep this part of the time waited so far: noticed at most so much too late
 
 
@@ -43,6 +43,7 @@ class MpiRequest:
         self.sending = sending
         self.finished = False
         self.status = MPI.Status()
+        self.size = buffer.bytes.numel()
 
     def done(self) -> bool:
         """See `Request`."""
@@ -57,9 +58,9 @@ class MpiRequest:
         return self.finished
 
     def _check_size(self) -> None:
-        expected, found = self.buffer.bytes.numel(), self.status.Get_count(MPI.BYTE)
-        if found != expected:
-            raise wrong_size(self.route, found, expected)
+        found = self.status.Get_count(MPI.BYTE)
+        if found != self.size:
+            raise wrong_size(self.route, found, self.size)
 
 
 class PersistentMpiRequest(MpiRequest):
@@ -125,7 +126,7 @@ class MpiCommunicator(Collectives):
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, key=self._rank))
         self._bell = Doorbell(job, self._rank, _shared_bytes(node, job, self._size))
         node.Free()
-        self._going: dict[MpiRequest, None] = {}  # sends that had not left when they were last seen
+        self._going: dict[MpiRequest, None] = {}  # sends that may not have left yet
 
     @property
     def rank(self) -> int:
@@ -212,9 +213,9 @@ class MpiCommunicator(Collectives):
     def follow(self, sent: MpiRequest) -> None:
         """What comes after the start of a send: look after it until it has left, and wake who waits for
         it."""
-        if not sent.done():
+        self._going[sent] = None
+        if len(self._going) > MANY:
             self._forget_gone()
-            self._going[sent] = None
         target = sent.route[1]
         if self._near[target]:
             self._bell.ring(target)
@@ -253,7 +254,7 @@ class MpiCommunicator(Collectives):
         self._bell.lie_down()
         while pending := self._unfinished(pending):
             waited = time.perf_counter() - start
-            self._bell.sleep(RUNG if self._is_rung_for(pending) else min(PATIENCE * waited, LONGEST_SLEEP))
+            self._bell.sleep(LONG if self._is_rung_for(pending) else min(PATIENCE * waited, LONGEST_SLEEP))
         self._bell.get_up()
 
     def _unfinished(self, requests: Sequence[Request]) -> list[Request]:

@@ -1,6 +1,7 @@
-"""What the executor asks of a rank's weights, whoever keeps them: real ones, or an emulated device's none."""
+"""What a run asks of a rank's weights, whoever keeps them: real ones, or an emulated device's none."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -10,6 +11,22 @@ from .communicator import Communicator
 
 class RankState(Protocol):
     """Weights, gradients and optimizer of the stages of one rank. See `gpp.runtime.state.StageState`."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """By full name."""
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """By full name."""
+
+    @property
+    def norm(self) -> float | None:
+        """The global norm of the last step's gradients, if it was asked for."""
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the step to come; None where nothing learns."""
 
     @property
     def arguments(self) -> Mapping[int, Sequence[Tensor]]:
@@ -40,3 +57,9 @@ class RankState(Protocol):
 
     def spread(self, comm: Communicator) -> None:
         """Hand what only this replica has updated to the others."""
+
+    def advance(self) -> None:
+        """The end of a step."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the parameters have the values of their moving averages."""

@@ -7,20 +7,22 @@ memory (`OnHost`); a device whose messages are staged in pinned memory, by copie
 (`Pinned`); a device whose memory the MPI library takes (`OnDevice`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import memmove
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-SMALL = 1 << 18  # bytes: torch's copies may use several threads, but take longer to begin
+SMALL = 1 << 22  # bytes: torch's own copies may use several threads, but they take longer to begin
+
+Write = Callable[[Sequence[Tensor]], None]
 
 
 class Slot(Protocol):
     """The memory of one message at one end of a channel, used again and again.
 
-    A sender fills it, waits until it is `ready` and sends; a receiver is told when a message has `arrived`
+    A sender writes it, waits until it is `ready` and sends; a receiver is told when a message has `arrived`
     and when stages have `launched` all that reads it, and waits until it is `ready` for the next one.
     """
 
@@ -32,8 +34,8 @@ class Slot(Protocol):
     def local(self) -> Tensor:
         """The bytes [n] that stages work on; the same memory where nothing is staged."""
 
-    def fill(self, views: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        """Copy tensors to views of `wire`, of the same shapes and types, sooner or later."""
+    def writer(self, views: Sequence[Tensor]) -> Write:
+        """What copies tensors to these views of `wire`, of the same shapes and types, sooner or later."""
 
     def arrived(self, size: int) -> None:
         """A message of `size` bytes is in `wire`: what stages do from now on finds it in `local`."""
@@ -65,15 +67,18 @@ class HostSlot:
     def __init__(self, size: int) -> None:
         self.wire = self.local = torch.empty(size, dtype=torch.uint8)
 
-    def fill(self, views: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    def writer(self, views: Sequence[Tensor]) -> Write:
         """See `Slot`."""
-        for view, tensor in zip(views, tensors, strict=True):
-            size = view.nbytes
-            lazy = tensor.is_neg() or tensor.is_conj()  # a sign that is yet to be applied
-            if size <= SMALL and tensor.is_contiguous() and not lazy:
-                memmove(view.data_ptr(), tensor.data_ptr(), size)
-            else:
-                view.copy_(tensor)
+        places = [(view.data_ptr(), view.nbytes, view) for view in views]
+
+        def write(tensors: Sequence[Tensor]) -> None:
+            for (address, size, view), tensor in zip(places, tensors, strict=True):
+                if size <= SMALL and tensor.is_contiguous():
+                    memmove(address, tensor.data_ptr(), size)
+                else:
+                    view.copy_(tensor.detach())
+
+        return write
 
     def arrived(self, size: int) -> None:
         """See `Slot`."""
@@ -107,11 +112,15 @@ class DeviceSlot:
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._device = device
 
-    def fill(self, views: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    def writer(self, views: Sequence[Tensor]) -> Write:
         """See `Slot`."""
-        for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor)
-        self.launched()
+
+        def write(tensors: Sequence[Tensor]) -> None:
+            for view, tensor in zip(views, tensors, strict=True):
+                view.copy_(tensor)
+            self.launched()
+
+        return write
 
     def arrived(self, size: int) -> None:
         """See `Slot`. What MPI has received, every later launch sees."""
@@ -155,15 +164,19 @@ class PinnedSlot:
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._sources: Sequence[Tensor] = ()  # held until they are copied: their memory is not to be reused
 
-    def fill(self, views: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    def writer(self, views: Sequence[Tensor]) -> Write:
         """See `Slot`."""
-        self._sources = tuple(tensors)
-        self._given.record(torch.cuda.current_stream(self._device))
-        self._side.wait_event(self._given)
-        with torch.cuda.stream(self._side):
-            for view, tensor in zip(views, tensors, strict=True):
-                view.copy_(tensor, non_blocking=True)
-        self._copied.record(self._side)
+
+        def write(tensors: Sequence[Tensor]) -> None:
+            self._sources = tuple(tensors)
+            self._given.record(torch.cuda.current_stream(self._device))
+            self._side.wait_event(self._given)
+            with torch.cuda.stream(self._side):
+                for view, tensor in zip(views, tensors, strict=True):
+                    view.copy_(tensor, non_blocking=True)
+            self._copied.record(self._side)
+
+        return write
 
     def arrived(self, size: int) -> None:
         """See `Slot`. Copied as soon as the launches that read the message before have run."""

@@ -26,7 +26,6 @@ from .reports import COLLECTOR, Reports
 from .results import Total, add_up, check_labels, combine
 from .schedules import Schedules
 from .staging import Staging
-from .state import StageState
 
 TRACED_STEPS = 3
 WARM_UP_STEPS = 2  # not part of the measured step time: first touches, caches
@@ -153,7 +152,7 @@ class Trainer:
                     seconds, before = now - before, now
                     self.measured.step_seconds.append(seconds)
                     on_step(self._record(step, terms, seconds))
-                if isinstance(self.state, StageState):
+                if self.state is not None:
                     self.state.advance()
         runner.close()
         self._spans = runner.executor.spans
@@ -169,7 +168,7 @@ class Trainer:
         runner.executor.channels.open(1)
         terms = runner.reports.exchange(runner.executor.run(number, own, record=True))
         runner.close()
-        if isinstance(self.state, StageState):
+        if self.state is not None:
             self.state.advance()
         spans = runner.executor.spans
         spans[:] = [span for span in spans if span.step > number - TRACED_STEPS]
@@ -220,7 +219,7 @@ class Trainer:
 
     def weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers of all stages by full name, on the host; on rank 0 (elsewhere empty)."""
-        state = self._own_state
+        state = self.state
         with self._averaged(averaged):
             mine = {} if state is None else {**state.parameters, **state.buffers}
             parts = [(name, value.detach().cpu().contiguous()) for name, value in mine.items()]
@@ -242,7 +241,7 @@ class Trainer:
         seconds: float,
     ) -> StepRecord:
         samples = self.plan.mini_batch
-        state = self._own_state
+        state = self.state
         check_labels(self.train_results, terms)
         return StepRecord(
             step=step,
@@ -262,19 +261,12 @@ class Trainer:
             return self._evaluated(dataset)
 
     def _averaged(self, averaged: bool) -> AbstractContextManager[None]:
-        state = self._own_state
-        return state.averaged() if averaged and state is not None else nullcontext()
-
-    @property
-    def _own_state(self) -> StageState | None:
-        """The state with real weights, if the rank has some."""
-        return self.state if isinstance(self.state, StageState) else None
+        return self.state.averaged() if averaged and self.state is not None else nullcontext()
 
     @property
     def norm(self) -> float | None:
         """The global norm of the last step's gradients, if it was asked for and the rank has a stage."""
-        state = self._own_state
-        return None if state is None else state.norm
+        return None if self.state is None else self.state.norm
 
     def _evaluated(self, dataset: Dataset) -> dict[str, float]:
         totals: dict[str, Total] = {}

@@ -74,6 +74,7 @@ def test_one_device_is_enough() -> None:
         ({"planner": "nobody"}, PlanError, "there is no planner 'nobody'"),
         ({"planner": "sequential", "recompute": True}, PlanError, "has no choice 'recompute'"),
         ({"micro_batch": 3}, PlanError, "does not divide"),
+        ({"transport": "device"}, RefusedError, 'stages run on cpu without MPI: use transport="host"'),
     ],
 )
 def test_what_cannot_be(more: dict, error: type[Exception], message: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gpp.runtime.staging import Write
+
 GARBAGE = 0xA5
 
 
@@ -19,16 +21,19 @@ class SlowSlot:
         self.looks = 0  # before it is done
         self.work: Callable[[], None] = lambda: None
 
-    def fill(self, views: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        assert self.looks == 0, "filled again before it was sent"
-        self.wire.fill_(GARBAGE)
-        sources = [tensor.clone() for tensor in tensors]
+    def writer(self, views: Sequence[Tensor]) -> Write:
+        def write(tensors: Sequence[Tensor]) -> None:
+            assert self.looks == 0, "filled again before it was sent"
+            self.wire.fill_(GARBAGE)
+            sources = [tensor.clone() for tensor in tensors]
 
-        def copy() -> None:
-            for view, source in zip(views, sources, strict=True):
-                view.copy_(source)
+            def copy() -> None:
+                for view, source in zip(views, sources, strict=True):
+                    view.copy_(source)
 
-        self.work, self.looks = copy, self.lag
+            self.work, self.looks = copy, self.lag
+
+        return write
 
     def arrived(self, size: int) -> None:
         assert self.looks == 0, "a message arrived before the last one was read"
