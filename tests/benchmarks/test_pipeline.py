@@ -7,7 +7,7 @@ import pytest
 from benchmarks.pipeline import jobs
 from benchmarks.pipeline.bubbles import pairs, zero_bubble
 from benchmarks.pipeline.compute import two_cores
-from benchmarks.pipeline.models import emulation, paper_models
+from benchmarks.pipeline.models import emulations, paper_models
 from benchmarks.pipeline.orders import (
     LIGHT,
     less_memory,
@@ -99,8 +99,10 @@ def test_zero_bubble_on_a_clock():
 @needs_mpi
 def test_models_on_a_clock():
     work = Workload("towers", make_graph(towers(2, 2), flops=1e10), Roofline(), "summit", 2.0)
-    plan = emulation(paced(chain(3), 4, unit=1.0), 512)
-    assert [stage.seconds.forward for stage in plan.stage_graph.stages] == [0.01] * 3
+    given = {"short": paced(chain(3), 4, unit=1.0), "long": paced(chain(2), 4, unit=3.0)}
+    plans = emulations(given, 512)
+    assert [stage.seconds.forward for stage in plans["short"].stage_graph.stages] == [0.01] * 3
+    assert [stage.seconds.forward for stage in plans["long"].stage_graph.stages] == [0.03] * 2
     section = whole(paper_models(Runs(), {"MMT": work}, (2,), steps=3))
     assert section.rows[0][0] == "MMT" and float(section.rows[0][5] or 0) > 0.9
 
