@@ -113,6 +113,6 @@ def paper_models(
         rows=tuple(row + (None,) * (11 - len(row)) for row in rows),
         note=f"Plans for the paper's cluster, m = {ROUNDS} (micro-batches of {sizes_text(MICRO_BATCH)}). "
         f"Both plans of a model are as much slower: {PASS * 1e3:.0f} ms a stage's forward in the mean of the "
-        "one where it is shorter. Simulated with links as two ranks of the same job measured them. A rank for "
-        "each device, all on this machine. The linear plan has no replicas.",
+        "one where it is shorter. Simulated with links as two ranks of the same job measured them. A rank "
+        "for each device, all on this machine. The linear plan has no replicas.",
     )
