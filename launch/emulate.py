@@ -24,8 +24,9 @@ from .guard import together
 from .job import asked, gather
 from .log import Log, announce_plan, counted
 from .plans import Request, make_plan, replay
-from .settings import number, train_settings, whole
+from .settings import choice, number, train_settings, whole
 from .start import own_overrides, run_folder
+from .transport import TRANSPORTS
 
 if TYPE_CHECKING:
     from gpp.runtime.mpi import MpiCommunicator
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Emulation:
-    """The `emulation` group."""
+    """The `emulation` group; and whether devices write messages themselves, `transport=device`."""
 
     slowdown: float
     message_bytes: int | None
+    transport: str
 
     def of(self, plan: Plan) -> Plan:
         """The plan as it is run."""
@@ -55,6 +57,7 @@ def emulation(config: DictConfig) -> Emulation:
     return Emulation(
         number(config, "emulation.slowdown", above=0.0),
         None if size is None else whole(config, "emulation.message_bytes", 1),
+        "device" if choice(config, "transport.name", TRANSPORTS) == "device" else "host",
     )
 
 
@@ -84,7 +87,7 @@ def emulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     base = start_of_peak()
 
     def work(own: Communicator) -> None:
-        _rank(own, config, run_as, folder, seconds, base)
+        _rank(own, config, run_as, wanted.transport, folder, seconds, base)
 
     if mpi is not None:
         work(mpi)
@@ -102,12 +105,18 @@ def _plan(config: DictConfig, request: Request) -> Plan:
 
 
 def _rank(
-    comm: Communicator, config: DictConfig, plan: Plan, folder: Path, planner_seconds: float, base: int
+    comm: Communicator,
+    config: DictConfig,
+    plan: Plan,
+    transport: str,
+    folder: Path,
+    planner_seconds: float,
+    base: int,
 ) -> None:
     """One rank's steps, and its part of the results."""
     exact_sleep()
     settings = train_settings(config)
-    trainer = emulated(comm, plan)
+    trainer = emulated(comm, plan, transport=transport)
     with Log(folder, settings.steps, settings.log_every, active=comm.rank == 0, trains=False) as log:
         run_steps(trainer, settings.steps, log.step, trace=True)
         trace = trainer.trace()

@@ -9,19 +9,22 @@ import torch
 
 from gpp.plan import Plan, plan_from_json, plan_to_json
 from gpp.runtime.communicator import Communicator
-from gpp.runtime.emulation import emulated, exact_sleep, run_steps
+from gpp.runtime.emulation import emulated, exact_sleep, run_steps, with_links
 from gpp.runtime.mpi import connect
+from gpp.topology import Link
 
 from .jobs import answer, measured, question
 
-SMALL, LARGE = 1 << 10, 4 << 20  # bytes
+SMALL, LARGE = 1 << 10, 32 << 20  # bytes: beyond what caches hold
 TURNS = 20
 
 
-def timed(plans: Mapping[str, Plan], steps: int) -> "Timed":
-    """Seconds of a step of every plan, measured by as many ranks as the largest needs."""
+def timed(plans: Mapping[str, Plan], steps: int, transport: str = "host") -> "Timed":
+    """Seconds of a step of every plan, measured by as many ranks as the largest needs. `transport`: see
+    `gpp.runtime.emulation.emulated`."""
     ranks = max(len(plan.topology.devices) for plan in plans.values())
-    asked = {"plans": {name: plan_to_json(plan) for name, plan in plans.items()}, "steps": steps}
+    texts = {name: plan_to_json(plan) for name, plan in plans.items()}
+    asked = {"plans": texts, "steps": steps, "transport": transport}
     return Timed(measured("benchmarks.pipeline.emulate", ranks, asked))
 
 
@@ -61,10 +64,13 @@ def main() -> None:
     exact_sleep()
     comm = connect()
     small, large = link_seconds(comm, SMALL), link_seconds(comm, LARGE)
+    latency, bandwidth = max(small, 1e-9), (LARGE - SMALL) / max(large - small, 1e-9)
+    link = comm.broadcast_object(lambda: Link(latency, bandwidth))
     seconds: dict[str, float] = {}
     cpu: dict[str, list[float]] = {}
     for name, text in asked["plans"].items():
-        trainer = emulated(comm, plan_from_json(text))
+        plan = with_links(plan_from_json(text), link)  # gradients are summed as fast as messages travel
+        trainer = emulated(comm, plan, transport=asked["transport"])
         run_steps(trainer, 1)
         before = time.process_time()
         run_steps(trainer, int(asked["steps"]))
@@ -73,15 +79,7 @@ def main() -> None:
             seconds[name] = median(trainer.measured.step_seconds[2:])
         comm.barrier()
     if comm.rank == 0:
-        latency = max(small, 1e-9)
-        answer(
-            {
-                "seconds": seconds,
-                "cpu": cpu,
-                "latency": latency,
-                "bandwidth": (LARGE - SMALL) / max(large - small, 1e-9),
-            }
-        )
+        answer({"seconds": seconds, "cpu": cpu, "latency": link.latency, "bandwidth": link.bandwidth})
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def paper_models(
     off: list[float] = []
     gains: list[float] = []
     for count in devices:
-        found = timed(plans[count], steps)
+        found = timed(plans[count], steps, "host" if message is not None else "device")
         link = Link(found.latency, found.bandwidth)
         simulated = {n: estimated(with_links(p, link)).estimate for n, p in plans[count].items()}
         for name in models:

@@ -106,6 +106,9 @@ class Communicator(Protocol):
     def wait(self, requests: Sequence[Request]) -> None:
         """Wait until all are done, giving the processor away while idle. Raises CommunicationError."""
 
+    def rest(self, seconds: float) -> None:
+        """Let so much time pass while messages get on: what a host does whose device computes."""
+
     def meanwhile(self, poll: Callable[[], bool]) -> None:
         """From now on call `poll` over and over while this rank waits: what it has to do beside messages. It
         returns whether something is still to be done, and calls nothing that waits."""

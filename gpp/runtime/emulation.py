@@ -35,9 +35,12 @@ from .communicator import Communicator
 from .data import Batches
 from .reduce import Slots
 from .schedules import Schedules, call_sizes
+from .staging import HostSlot, OnHost, Write
 from .trainer import StepRecord, Trainer
 
 _SET_TIMER_SLACK = 29  # of prctl; nanoseconds
+Rest = Callable[[float], None]
+
 AT_ONCE = 1e-3  # seconds between the halves of a backward in one go, at most
 
 
@@ -150,8 +153,10 @@ def emulated_state(plan: Plan, schedule: Schedule, rank: int) -> EmulatedState |
     )
 
 
-def emulated_program(plan: Plan, schedule: Schedule, rank: int, stage: int) -> StageProgram:
-    """A stage whose passes only take time."""
+def emulated_program(
+    plan: Plan, schedule: Schedule, rank: int, stage: int, rest: Rest = wait
+) -> StageProgram:
+    """A stage whose passes only take time, as `rest` lets it pass."""
     graph = plan.stage_graph
     values = {number: tuple(_values(number, edge)) for number, edge in enumerate(graph.edges)}
     receives = tuple(Port(n, values[n]) for n, edge in enumerate(graph.edges) if edge.target == stage)
@@ -166,7 +171,8 @@ def emulated_program(plan: Plan, schedule: Schedule, rank: int, stage: int) -> S
         sends=sends,
         terms=(),
         sizes={
-            size: _timed(plan, stage, size, inputs, outputs) for size in call_sizes(schedule, rank, stage)
+            size: _timed(plan, stage, size, inputs, outputs, rest)
+            for size in call_sizes(schedule, rank, stage)
         },
     )
     return StageProgram(stage, (), (), (), functions, functions)
@@ -181,7 +187,12 @@ def _values(number: int, edge: Edge) -> Iterator[ValueSpec]:
 
 
 def _timed(
-    plan: Plan, stage: int, size: int, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]
+    plan: Plan,
+    stage: int,
+    size: int,
+    inputs: Sequence[ValueSpec],
+    outputs: Sequence[ValueSpec],
+    rest: Rest,
 ) -> TrainFunctions:
     """The three passes of calls of `size` samples; what they return was made beforehand."""
     record = plan.stage_graph.stages[stage]
@@ -197,18 +208,18 @@ def _timed(
     due = 0.0  # when the last input half was to end
 
     def run_forward(*_: object) -> ForwardResult:
-        wait(forward)
+        rest(forward)
         return ForwardResult(made, (), ())
 
     def backward_input(*_: object) -> BackwardInputResult:
         nonlocal due
         due = time.perf_counter() + back
-        wait(back)
+        rest(back)
         return BackwardInputResult(gradients, ())
 
     def backward_weight(*_: object) -> Sequence[bool]:
         late = time.perf_counter() - due  # of one pass in one go the timer is late once, not twice
-        wait(weight - late if late < AT_ONCE else weight)
+        rest(max(0.0, weight - late) if late < AT_ONCE else weight)
         return ()
 
     return TrainFunctions(run_forward, backward_input, backward_weight)
@@ -228,11 +239,32 @@ class _NoData:
         return {}
 
 
-def emulated(comm: Communicator, plan: Plan) -> Trainer:
+class _WrittenSlot(HostSlot):
+    """Its device has written what is to be sent."""
+
+    def writer(self, views: Sequence[Tensor]) -> Write:
+        """See `Slot`."""
+        return lambda _: None
+
+
+class _Written:
+    """See `Staging`: devices whose memory MPI takes."""
+
+    is_polled = False
+
+    def slot(self, size: int, *, sending: bool) -> HostSlot:
+        """See `Staging`."""
+        return _WrittenSlot(size)
+
+
+def emulated(comm: Communicator, plan: Plan, *, transport: str = "host") -> Trainer:
     """A trainer whose devices only keep time; called by all ranks together.
 
-    `plan` has passed `gpp.schedule.check`. Ranks beyond its devices idle.
+    `plan` has passed `gpp.schedule.check`. Ranks beyond its devices idle. With `transport` "host" a device is
+    the process itself, as on a CPU: it copies what it sends, and while it computes no message gets on. With
+    "device" it is one beside the process that writes its messages itself, where MPI takes them.
     """
+    beside = transport == "device"
     schedule = lower(plan)
     own = plan.residents.get(comm.rank, ())
     nothing = Results(TermSum("loss", (), 0.0, () if plan.loss_weighted else None), ())
@@ -241,11 +273,12 @@ def emulated(comm: Communicator, plan: Plan) -> Trainer:
         plan,
         plan,
         Schedules(schedule, {}),
-        [emulated_program(plan, schedule, comm.rank, stage) for stage in own],
+        [emulated_program(plan, schedule, comm.rank, stage, comm.rest if beside else wait) for stage in own],
         emulated_state(plan, schedule, comm.rank),
         nothing,
         nothing,
         torch.device("cpu"),
+        _Written() if beside else OnHost(),
     )
 
 

@@ -6,6 +6,7 @@ silence: in a world driven by `run`, ranks that all wait for one another are tol
 """
 
 import socket
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from threading import Condition, RLock, Thread
@@ -218,6 +219,10 @@ class LoopbackCommunicator(Collectives):
     def wait(self, requests: Sequence[Request]) -> None:
         """See `Communicator`."""
         self._world.wait(self.rank, cast(Sequence[LoopbackRequest], requests), self.poll)
+
+    def rest(self, seconds: float) -> None:
+        """See `Communicator`. Messages need nobody's help here."""
+        time.sleep(seconds)
 
     def abort(self, code: int) -> NoReturn:
         """See `Communicator`."""

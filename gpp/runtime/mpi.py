@@ -257,6 +257,18 @@ class MpiCommunicator(Collectives):
             self._bell.sleep(LONG if self._is_rung_for(pending) else min(PATIENCE * waited, LONGEST_SLEEP))
         self._bell.get_up()
 
+    def rest(self, seconds: float) -> None:
+        """See `Communicator`. MPI gets on with messages only while it is called: whoever sends one rings."""
+        end = time.perf_counter() + seconds
+        self._bell.lie_down()
+        while (left := end - time.perf_counter()) > LONGEST_SLEEP:
+            self._comm.Iprobe(MPI.ANY_SOURCE, 0)  # whatever it finds
+            self._forget_gone()
+            left -= LONGEST_SLEEP / 2
+            self._bell.sleep(LONGEST_SLEEP if self._going else min(LONG / 2, left))  # exact below LONG
+        self._bell.get_up()
+        time.sleep(max(0.0, end - time.perf_counter()))
+
     def _unfinished(self, requests: Sequence[Request]) -> list[Request]:
         if self._polls:
             self._busy = self.poll()

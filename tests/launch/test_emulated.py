@@ -26,7 +26,7 @@ LINES = {
     "unknown": into("unknown", "+emulation.speed=2"),
 }
 MPI_LINES = {
-    "three": into("three"),
+    "three": into("three", "transport=device"),
     "replay": into("replay3", "cluster.devices=2", "plan=threads/plan.json", "model._target_=nobody.Nothing"),
 }
 

@@ -229,6 +229,30 @@ def case_something_is_polled_while_a_rank_waits(comm: Communicator) -> None:
     assert into.item() == 1 and looks == seen
 
 
+def case_messages_get_on_while_a_rank_rests(comm: Communicator) -> None:
+    sent, found = (
+        torch.full((4 * MEBIBYTE,), 7, dtype=torch.uint8),
+        torch.zeros(4 * MEBIBYTE, dtype=torch.uint8),
+    )
+    comm.barrier()
+    start = time.perf_counter()
+    if comm.rank == 0:
+        comm.wait([comm.isend(sent, 1, 3)])  # the library sets things up at the first one
+        comm.rest(0.05)  # the other rests by then
+        request = comm.isend(sent, 1, 3)
+        comm.rest(0.25)
+    elif comm.rank == 1:
+        comm.wait([comm.irecv(found, 0, 3)])
+        found.zero_()
+        request = comm.irecv(found, 0, 3)
+        comm.rest(0.3)
+        assert int(found[0]) == int(found[-1]) == 7  # and nobody has asked for it yet
+    else:
+        return
+    assert time.perf_counter() - start >= 0.3
+    comm.wait([request])
+
+
 def case_exchanges_of_groups(comm: Communicator) -> None:
     for group in (ranks(comm), tuple(reversed(ranks(comm))), (comm.size - 1, 0)):
         if comm.rank in group:

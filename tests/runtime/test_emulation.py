@@ -16,12 +16,12 @@ from gpp.topology import Link
 from tests.strategies import FREE, make_plan, plans
 
 
-def measured(plan: Plan, steps: int = 5) -> Trainer:
+def measured(plan: Plan, steps: int = 5, transport: str = "host") -> Trainer:
     """Rank 0's trainer after so many steps."""
     found: dict[int, Trainer] = {}
 
     def work(comm) -> None:
-        trainer = emulated(comm, plan)
+        trainer = emulated(comm, plan, transport=transport)
         run_steps(trainer, steps, trace=True)
         found[comm.rank] = trainer
 
@@ -29,10 +29,11 @@ def measured(plan: Plan, steps: int = 5) -> Trainer:
     return found[0]
 
 
+@pytest.mark.parametrize("transport", ["host", "device"])
 @pytest.mark.parametrize("edges", [chain(3), fan_in([2, 2], 1)])
-def test_the_measured_step_is_the_simulated_one(edges):
+def test_the_measured_step_is_the_simulated_one(edges, transport):
     plan = with_messages(paced(edges, 6, unit=0.01), 64)
-    trainer = measured(plan)
+    trainer = measured(plan, transport=transport)
     assert step_seconds(plan) * 0.99 <= trainer.measured.typical <= step_seconds(plan) * 1.25
 
 
