@@ -19,12 +19,13 @@ SMALL, LARGE = 1 << 10, 32 << 20  # bytes: beyond what caches hold
 TURNS = 20
 
 
-def timed(plans: Mapping[str, Plan], steps: int, transport: str = "host") -> "Timed":
+def timed(plans: Mapping[str, Plan], steps: int, transport: str = "host", *, links: bool = False) -> "Timed":
     """Seconds of a step of every plan, measured by as many ranks as the largest needs. `transport`: see
-    `gpp.runtime.emulation.emulated`."""
+    `gpp.runtime.emulation.emulated`. `links`: plans are lowered, and their gradients summed, for the
+    link that is measured."""
     ranks = max(len(plan.topology.devices) for plan in plans.values())
     texts = {name: plan_to_json(plan) for name, plan in plans.items()}
-    asked = {"plans": texts, "steps": steps, "transport": transport}
+    asked = {"plans": texts, "steps": steps, "transport": transport, "links": links}
     return Timed(measured("benchmarks.pipeline.emulate", ranks, asked))
 
 
@@ -69,7 +70,8 @@ def main() -> None:
     seconds: dict[str, float] = {}
     cpu: dict[str, list[float]] = {}
     for name, text in asked["plans"].items():
-        plan = with_links(plan_from_json(text), link)  # gradients are summed as fast as messages travel
+        plan = plan_from_json(text)
+        plan = with_links(plan, link) if asked["links"] else plan
         trainer = emulated(comm, plan, transport=asked["transport"])
         run_steps(trainer, 1)
         before = time.process_time()

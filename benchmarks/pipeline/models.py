@@ -63,7 +63,7 @@ def paper_models(
     off: list[float] = []
     gains: list[float] = []
     for count in devices:
-        found = timed(plans[count], steps, "host" if message is not None else "device")
+        found = timed(plans[count], steps, "device" if message is None else "host", links=True)
         link = Link(found.latency, found.bandwidth)
         simulated = {n: estimated(with_links(p, link)).estimate for n, p in plans[count].items()}
         for name in models:
@@ -114,5 +114,11 @@ def paper_models(
         note=f"Plans for the paper's cluster, m = {ROUNDS} (micro-batches of {sizes_text(MICRO_BATCH)}). "
         f"Both plans of a model are as much slower: {PASS * 1e3:.0f} ms a stage's forward in the mean of the "
         "one where it is shorter. Simulated with links as two ranks of the same job measured them. A rank "
-        "for each device, all on this machine. The linear plan has no replicas.",
+        "for each device, all on this machine. The linear plan has no replicas. Sums of gradients over "
+        "replicas are waited for as long as the simulator says: only messages between stages are real. "
+        + (
+            "Devices write these themselves, and they get on while devices compute."
+            if message is None
+            else ""
+        ),
     )

@@ -1,12 +1,13 @@
 """A user's batch against what the model was captured with: one sentence for what does not fit."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpp.capture.capture import Captured
+from gpp.runtime.data import DataError, Dataset
 
 Batch = Mapping[str, Tensor]  # by key a tensor of shape (samples, ...)
 
@@ -17,6 +18,25 @@ class KeySpec:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+class Checked:
+    """A data set whose every read is what the model was captured with."""
+
+    def __init__(self, dataset: Dataset, specs: Mapping[str, KeySpec]) -> None:
+        self._dataset, self._specs = dataset, specs
+        self.keys = dataset.keys
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, indices: Sequence[int], keys: Sequence[str]) -> dict[str, Tensor]:
+        """See Dataset.read. Raises DataError for what does not fit."""
+        found = self._dataset.read(indices, keys)
+        error = misfit(found, self._specs, keys, len(indices)) if len(indices) else None
+        if error is not None:
+            raise DataError(f"samples {min(indices)} to {max(indices)} of the data set: {error}")
+        return found
 
 
 def key_specs(captured: Captured) -> dict[str, KeySpec]:

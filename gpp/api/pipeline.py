@@ -28,7 +28,7 @@ from gpp.runtime.trainer import StepRecord, Trainer
 from gpp.schedule.task import Schedule
 from gpp.trace import Trace
 
-from .batches import Batch, key_specs, misfit, samples_of
+from .batches import Batch, Checked, key_specs, misfit, samples_of
 from .crew import Crew, RefusedError
 from .job import Job, Training, Values, evaluation_schedule, names_in_stages, programs_of, state_of
 
@@ -187,16 +187,24 @@ class Pipeline:
         prefetch: int = 2,
     ) -> None:
         """So many more training steps on the batches of a data set, of which each rank reads its own rows and
-        keys, `prefetch` steps ahead. `on_step` is called on rank 0."""
+        keys, `prefetch` steps ahead. `on_step` is called on rank 0. Raises RefusedError for batches of
+        another size than the plan's."""
+        if batches.mini_batch != self.plan.mini_batch:
+            raise RefusedError(
+                f"a step takes {self.plan.mini_batch} samples, the batches have {batches.mini_batch}: make "
+                "them of the pipeline's mini_batch"
+            )
+        checked = Checked(dataset, self._specs)
         start, stop = self.steps, self.steps + steps
-        self._run(lambda trainer: trainer.fit(dataset, batches, start, stop, on_step, prefetch=prefetch))
+        self._run(lambda trainer: trainer.fit(checked, batches, start, stop, on_step, prefetch=prefetch))
         self.steps = stop
 
     def evaluate_dataset(self, dataset: Dataset, *, averaged: bool = False) -> dict[str, float]:
         """`evaluate` over a data set; each rank reads its own rows and keys."""
         for batch in evaluation_batches(len(dataset), self.plan.mini_batch):
             self._prepare(len(batch))
-        return self._run(lambda trainer: trainer.evaluate(dataset, averaged=averaged))[0]
+        checked = Checked(dataset, self._specs)
+        return self._run(lambda trainer: trainer.evaluate(checked, averaged=averaged))[0]
 
     def state_dict(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers under the module's own names, for `load_state_dict`, on the host of rank 0

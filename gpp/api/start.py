@@ -89,6 +89,17 @@ def pipeline(
     Raises CaptureError, PlanError, ProgramError or DeviceMemoryError on the rank that fails and RefusedError
     with the same words on the others.
     """
+    _check_names(precision, device, transport)
+    if plan is not None:
+        _check_planned(
+            planner=planner != "gpp",
+            micro_batch=micro_batch != "auto",
+            schedule=schedule is not None,
+            max_replicas=max_replicas != 1,
+            constraints=constraints is not None,
+            costs=costs is not None,
+            **dict.fromkeys(choices, True),
+        )
     comm = connected()
     count = _devices(devices, cluster, plan, None if comm is None else comm.size)
     crew = Crew(comm, count, comm)
@@ -149,6 +160,24 @@ def pipeline(
         hooks=hooks,
         staging=staging,
     )
+
+
+def _check_names(precision: str, device: str, transport: str) -> None:
+    known = {
+        "precision": (precision, tuple(PRECISIONS)),
+        "device": (device, ("auto", "cpu", "cuda")),
+        "transport": (transport, ("host", "device")),
+    }
+    for name, (given, names) in known.items():
+        if given not in names:
+            raise RefusedError(f"{name} must be one of {', '.join(names)}, it is {given!r}")
+
+
+def _check_planned(**given: bool) -> None:
+    """Refuse what only a planner would read."""
+    unused = [name for name, is_given in given.items() if is_given]
+    if unused:
+        raise RefusedError(f"with plan= nothing is planned: leave out {', '.join(unused)}")
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -49,6 +49,9 @@ class Channels:
         self._staging = staging
         self._rings = _rings(comm, schedule, stages, self._staging) if stages else {}
         # by tag and rank at the other end: a tag is an edge and a direction
+        self._memory = {
+            slot.local.untyped_storage().data_ptr() for ring, _ in self._rings.values() for slot in ring.slots
+        }
         self._receivers: dict[tuple[int, int], ReceiveChannel] = {}
         self._senders: dict[tuple[int, int], SendChannel] = {}
         self._own: dict[int, deque[Held]] = defaultdict(deque)  # by tag, between stages of this rank
@@ -89,9 +92,15 @@ class Channels:
         """Copy the rows of each value into a slot and start sending it; hand them over as they are to a
         stage of this rank."""
         if transfer.is_local:
-            self._own[transfer.tag].append(Held(rows))
+            self._own[transfer.tag].append(Held([self._kept(value) for value in rows]))
             return
         self._senders[transfer.tag, transfer.target].send(rows)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """For another stage of this rank: as it is, but packed as in a message, and not in a message's own
+        memory: that may be given back before the other stage runs."""
+        lent = value.untyped_storage().data_ptr() in self._memory
+        return value.clone(memory_format=torch.contiguous_format) if lent else value.contiguous()
 
 
 def joined(parts: Sequence[Held]) -> Sequence[Tensor]:

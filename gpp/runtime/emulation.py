@@ -41,8 +41,6 @@ from .trainer import StepRecord, Trainer
 _SET_TIMER_SLACK = 29  # of prctl; nanoseconds
 Rest = Callable[[float], None]
 
-AT_ONCE = 1e-3  # seconds between the halves of a backward in one go, at most
-
 
 def slower(plan: Plan, factor: float) -> Plan:
     """The plan whose passes and updates take so many times as long. Messages and all-reduces do not."""
@@ -205,21 +203,21 @@ def _timed(
     made = [torch.zeros((size, *v.shape), dtype=v.dtype) for v in outputs]
     gradients = [torch.zeros((size, *v.shape), dtype=v.dtype) for v in inputs if v.needs_grad]
 
-    due = 0.0  # when the last input half was to end
+    late = 0.0  # seconds that the timer was late in the last input half: not twice in a pass in one go
 
     def run_forward(*_: object) -> ForwardResult:
         rest(forward)
         return ForwardResult(made, (), ())
 
     def backward_input(*_: object) -> BackwardInputResult:
-        nonlocal due
+        nonlocal late
         due = time.perf_counter() + back
         rest(back)
+        late = time.perf_counter() - due
         return BackwardInputResult(gradients, ())
 
     def backward_weight(*_: object) -> Sequence[bool]:
-        late = time.perf_counter() - due  # of one pass in one go the timer is late once, not twice
-        rest(max(0.0, weight - late) if late < AT_ONCE else weight)
+        rest(max(0.0, weight - late))
         return ()
 
     return TrainFunctions(run_forward, backward_input, backward_weight)

@@ -7,6 +7,7 @@ import struct
 import sys
 import termios
 import time
+from contextlib import suppress
 
 AT_MOST = 1.0  # seconds to wait for a launcher that does not read
 FORWARDED = 0.1  # seconds that it has to pass on what it read
@@ -14,8 +15,9 @@ FORWARDED = 0.1  # seconds that it has to pass on what it read
 
 def spoken() -> None:
     """Return once the launcher has read what this process has written to its output and error pipes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # none, closed, or on a full disk: the others are to end all the same
+            stream.flush()
     end = time.monotonic() + AT_MOST
     pipes = [descriptor for descriptor in (1, 2) if _is_pipe(descriptor)]
     while any(map(_unread, pipes)) and time.monotonic() < end:

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .communicator import CommunicationError
+
 SMALL = 1 << 22  # bytes: torch's own copies may use several threads, but they take longer to begin
 
 Write = Callable[[Sequence[Tensor]], None]
@@ -73,6 +75,11 @@ class HostSlot:
 
         def write(tensors: Sequence[Tensor]) -> None:
             for (address, size, view), tensor in zip(places, tensors, strict=True):
+                if tensor.nbytes != size:  # the first ones were looked at, see `buffers`
+                    raise CommunicationError(
+                        f"a stage has made {tensor.nbytes} bytes of shape {tuple(tensor.shape)} where the "
+                        f"message has {size}: batches must have the shapes and types of the first in every step"
+                    )
                 if size <= SMALL and tensor.is_contiguous():
                     memmove(address, tensor.data_ptr(), size)
                 else:

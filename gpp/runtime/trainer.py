@@ -94,8 +94,8 @@ class Trainer:
         self._spans: list[Span] = []
         self._zero = 0.0
         check_neighbors(comm, plan.stage_graph, lowered.train, [p.train for p in programs])
-        self._train = self._runner(plan, lowered.train, train, 0, programs)
         self._evaluation = evaluation
+        self._train = self._runner(plan, lowered.train, train, 0, programs)
         self._evaluate: dict[int, _Runner] = {}
         for size, schedule in lowered.evaluate.items():
             self.prepare(size, schedule, programs)
@@ -118,7 +118,7 @@ class Trainer:
     ) -> "_Runner":
         loss, device = results.loss, self.device
         executor = Executor(self.comm, plan, schedule, programs, self.state, loss, device, self.staging)
-        tag = 2 * (len(self.plan.stage_graph.edges) + len(plan.stage_graph.edges)) + number
+        tag = self._tag + 1 + number
         return _Runner(executor, Reports(self.comm, schedule, programs, tag))
 
     def fit(
@@ -144,7 +144,7 @@ class Trainer:
         with Prefetcher(dataset, keys, lambda step: batches.at(step)[rows], start, stop, prefetch) as reader:
             before = time.perf_counter()
             for step in range(start, stop):
-                batch = {key: value.to(self.device) for key, value in reader.next().items()}
+                batch = {key: packed(value, self.device) for key, value in reader.next().items()}
                 outcome = runner.executor.run(step, batch, record=trace and step >= stop - TRACED_STEPS)
                 terms = runner.reports.exchange(outcome)
                 if self.comm.rank == COLLECTOR:
@@ -183,7 +183,7 @@ class Trainer:
         """The rank's rows and keys of a batch, on its device."""
         rows, keys = runner.executor.rows, runner.executor.keys
         whole = slice(rows[0], rows[-1] + 1) if rows and rows[-1] - rows[0] == len(rows) - 1 else rows
-        return {key: batch[key][whole].to(self.device) for key in keys}
+        return {key: packed(batch[key][whole], self.device) for key in keys}
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -231,8 +231,8 @@ class Trainer:
 
     @property
     def _tag(self) -> int:
-        """Of messages that are over before the next ones begin."""
-        return 4 * len(self.plan.stage_graph.edges)
+        """The first that no edge has: of messages that are over before the next ones begin."""
+        return 2 * max(len(plan.stage_graph.edges) for plan in (self.plan, self._evaluation))
 
     def _record(
         self,
@@ -279,7 +279,7 @@ class Trainer:
             part = partial(_samples, group, rows)
             with Prefetcher(dataset, runner.executor.keys, part, 0, len(group)) as reader:
                 for _ in group:
-                    batch = {key: value.to(self.device) for key, value in reader.next().items()}
+                    batch = {key: packed(value, self.device) for key, value in reader.next().items()}
                     add_up(totals, self._totals(runner, batch, size))
             runner.close()
         return {name: total.mean for name, total in totals.items()}
@@ -306,6 +306,11 @@ class Trainer:
             mini_batch=self.plan.mini_batch,
             stage_names=tuple(stage.name for stage in self.plan.stage_graph.stages),
         )
+
+
+def packed(value: Tensor, device: torch.device) -> Tensor:
+    """On the device, one row after the other, as programs are made for."""
+    return value.to(device).contiguous()
 
 
 def _samples(batches: Sequence[range], rows: Sequence[int], number: int) -> list[int]:

@@ -190,7 +190,7 @@ def test_pinned_memory_carries_what_a_device_computes() -> None:
 LAID_OUT = {
     "in a row": torch.arange(6.0).view(2, 3),
     "apart": torch.arange(6.0).view(3, 2).T,
-    "large": torch.randn(1 << 8, 1 << 9, generator=torch.Generator().manual_seed(1)),
+    "large": torch.randn(1 << 11, 1 << 10, generator=torch.Generator().manual_seed(1)),
     "nothing": torch.empty(2, 0),
     "conjugated": torch.complex(torch.arange(6.0), torch.ones(6)).conj(),
     "negated": torch.complex(torch.zeros(1), torch.ones(1)).conj().imag,
