@@ -126,6 +126,7 @@ class MpiCommunicator(Collectives):
         node = cast(MPI.Intracomm, comm.Split_type(MPI.COMM_TYPE_SHARED, key=self._rank))
         self._bell = Doorbell(job, self._rank, _shared_bytes(node, job, self._size))
         node.Free()
+        self._nobodys_tag = int(cast(int, MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)))
         self._going: dict[MpiRequest, None] = {}  # sends that may not have left yet
 
     @property
@@ -262,7 +263,7 @@ class MpiCommunicator(Collectives):
         end = time.perf_counter() + seconds
         self._bell.lie_down()
         while (left := end - time.perf_counter()) > LONGEST_SLEEP:
-            self._comm.Iprobe(MPI.ANY_SOURCE, 0)  # whatever it finds
+            self._comm.Iprobe(MPI.ANY_SOURCE, self._nobodys_tag)  # if it found something, it would do no more
             self._forget_gone()
             left -= LONGEST_SLEEP / 2
             self._bell.sleep(LONGEST_SLEEP if self._going else min(LONG / 2, left))  # exact below LONG

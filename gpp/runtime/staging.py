@@ -78,7 +78,7 @@ class HostSlot:
                 if tensor.nbytes != size:  # the first ones were looked at, see `buffers`
                     raise CommunicationError(
                         f"a stage has made {tensor.nbytes} bytes of shape {tuple(tensor.shape)} where the "
-                        f"message has {size}: batches must have the shapes and types of the first in every step"
+                        f"message has {size}: batches must be of the same shapes and types in every step"
                     )
                 if size <= SMALL and tensor.is_contiguous():
                     memmove(address, tensor.data_ptr(), size)

@@ -9,6 +9,7 @@ from gpp.api.plan import machine
 from gpp.api.start import pipeline
 from gpp.capture.export import CaptureError
 from gpp.plan import PlanError
+from gpp.runtime.data import Batches, DataError
 from tests.equality.models import Chain, batch
 
 from . import scenes
@@ -74,12 +75,20 @@ def test_one_device_is_enough() -> None:
         ({"planner": "nobody"}, PlanError, "there is no planner 'nobody'"),
         ({"planner": "sequential", "recompute": True}, PlanError, "has no choice 'recompute'"),
         ({"micro_batch": 3}, PlanError, "does not divide"),
+        ({"transport": "auto"}, RefusedError, "transport must be one of host, device, it is 'auto'"),
+        ({"device": "gpu"}, RefusedError, "device must be one of auto, cpu, cuda, it is 'gpu'"),
+        ({"precision": "fp16"}, RefusedError, "precision must be one of fp32, bf16, it is 'fp16'"),
+        (
+            {"plan": lambda captured: None, "planner": "piper", "clipnorm": 1},
+            RefusedError,
+            "with plan= nothing is planned: leave out planner, clipnorm",
+        ),
         ({"transport": "device"}, RefusedError, 'stages run on cpu without MPI: use transport="host"'),
     ],
 )
 def test_what_cannot_be(more: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        pipeline(ranked(), rows(4), optimizer=adam, mini_batch=8, device="cpu", **more)
+        pipeline(ranked(), rows(4), **{"optimizer": adam, "mini_batch": 8, "device": "cpu", **more})
 
 
 def test_an_example_is_at_least_four_samples() -> None:
@@ -104,3 +113,46 @@ class Mixing(nn.Module):
 def test_a_prediction_is_of_each_sample(transposed: bool) -> None:
     with pytest.raises(CaptureError, match=r"the prediction 'wrong' of Mixing.forward is no value for each"):
         pipeline(Mixing(transposed), rows(4), optimizer=adam, mini_batch=8, device="cpu")
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x, y):
+        return nn.functional.mse_loss(self.b(torch.tanh(self.a(x))).mean((1, 2)), y)
+
+
+def test_a_batch_may_be_laid_out_as_it_likes() -> None:
+    torch.manual_seed(1)
+    model = Steps()
+    batch = {"x": torch.randn(5, 8, 8).transpose(0, 1), "y": torch.randn(8)}
+    with pipeline(model, batch, optimizer=adam, mini_batch=8, micro_batch=2, device="cpu") as pipe:
+        expected = float(model(**batch).detach())
+        assert pipe.evaluate([batch])["loss"] == pytest.approx(expected, rel=1e-6)
+        assert pipe.step(batch).loss == pytest.approx(expected, rel=1e-6)
+
+
+class Growing:
+    """Later samples are longer."""
+
+    keys = ("x", "y")
+
+    def __len__(self) -> int:
+        return 32
+
+    def read(self, indices, keys):
+        length = 5 if max(indices) < 16 else 6
+        made = {"x": torch.ones(len(indices), length, 8), "y": torch.ones(len(indices))}
+        return {key: made[key] for key in keys}
+
+
+def test_what_a_data_set_gives_is_looked_at() -> None:
+    with pipeline(
+        Steps(), Growing().read(range(4), ("x", "y")), optimizer=adam, mini_batch=8, device="cpu"
+    ) as pipe:
+        with pytest.raises(DataError, match=r"key 'x' must have the shape \(samples, 5, 8\), it has"):
+            pipe.evaluate_dataset(Growing())
+        with pytest.raises(RefusedError, match="a step takes 8 samples, the batches have 4"):
+            pipe.fit(Growing(), Batches(32, 4, 0), 1)

@@ -232,6 +232,17 @@ CASES = (
         policy="zero-bubble",
         lags=(1, 0, 1),
     ),
+    *(
+        Case(
+            f"residual-on-one-device{'' if policy == '1f1b' else '-' + policy}",
+            models.Residual,
+            (("a", "b"), ("c",), ("d",), ("",)),
+            slots=(0, 0, 1, 2),
+            policy=policy,
+            exact=False,
+        )
+        for policy in ("1f1b", "greedy")
+    ),
     Case("clicks", models.Clicks, (("towers.0",), ("towers.1",), ("bags",), ("",))),
     Case("clicks-a-table-each", models.Clicks, (("bags.0", "towers"), ("bags.1",), ("",)), micro_batch=1),
     Case("clicks-pooled", models.PooledClicks, (("towers",), ("bags.0",), ("bags.1",), ("",))),

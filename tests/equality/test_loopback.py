@@ -1,12 +1,26 @@
-"""Every case in one process: the ranks are threads."""
+"""Every case in one process: the ranks are threads. What is given back is overwritten at once: nobody may
+still read it."""
 
 import pytest
 import torch
 
 from gpp.runtime.loopback import LoopbackWorld, run
+from gpp.runtime.staging import HostSlot, OnHost
 
 from .cases import CASES, Case
 from .harness import compare, prepare, run_rank
+
+GARBAGE = 0xA5
+
+
+class OverwrittenSlot(HostSlot):
+    def launched(self) -> None:
+        self.local.fill_(GARBAGE)
+
+
+class Overwritten(OnHost):
+    def slot(self, size: int, *, sending: bool) -> HostSlot:
+        return OverwrittenSlot(size)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -14,5 +28,6 @@ def test_equal_to_reference(case: Case) -> None:
     torch.set_num_threads(1)
     ready = prepare(case)
     programs = [ready.programs(rank) for rank in range(case.ranks)]
-    outcomes = run(LoopbackWorld(case.ranks), lambda comm: run_rank(ready, comm, programs[comm.rank]))
+    world = LoopbackWorld(case.ranks)
+    outcomes = run(world, lambda comm: run_rank(ready, comm, programs[comm.rank], Overwritten()))
     compare(ready, outcomes)

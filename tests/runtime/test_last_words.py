@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import os, time
 from gpp.runtime.last_words import spoken
@@ -39,3 +41,17 @@ def test_without_pipes_there_is_nothing_to_wait_for(tmp_path: os.PathLike[str]) 
         subprocess.run([sys.executable, "-c", PROGRAM], stdout=out, stderr=err, check=True, timeout=30)
     with open(os.path.join(tmp_path, "err")) as err:
         assert float(err.read()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "loss", ["sys.stdout = None", "sys.stdout.close()", "sys.stdout = open('/dev/full', 'w')"]
+)
+def test_a_stream_that_takes_no_words_does_not_keep_it(loss: str) -> None:
+    program = (
+        f"import sys; from gpp.runtime.last_words import spoken; {loss}; print('x') if sys.stdout and not "
+    )
+    program += "sys.stdout.closed else None; spoken(); sys.stderr.write('on'); import os; os._exit(0)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "on")
