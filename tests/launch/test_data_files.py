@@ -52,7 +52,7 @@ LINES = {
     "no length": into("x", *WORDS, "data.pad=4"),
 }
 MPI_LINES = {
-    "criteo": into("mpi_criteo", *DLRM, "data.files=day_*", "data.cache=mpi_kept"),
+    "criteo": into("mpi_criteo", *DLRM, "data.files=day_*", "data.cache=mpi_kept", "train.steps=20"),
     "candle": into("mpi_candle", *UNO, "data.cache=mpi_kept"),
 }
 
@@ -194,7 +194,8 @@ def test_two_ranks_read_and_learn_the_same(
 ) -> None:
     done[name].passed()
     mpi_done[name].passed()
-    assert losses(folder / f"mpi_{name}") == losses(folder / name)
+    found = losses(folder / f"mpi_{name}")
+    assert found == losses(folder / name)[: len(found)] and len(found) >= 20
     kept = [path.suffix for path in (folder / "mpi_kept").iterdir()]
     assert (kept.count(".lines"), kept.count(".features"), kept.count(".responses")) == (2, 3, 1)
 

@@ -15,6 +15,7 @@ from launch.device_memory import Verdict, asked_for, verdict
 from launch.mpirun import assemble, find_machine
 from launch.settings import SettingsError
 from tests.mpirun import run_mpi, why_no_mpi
+from tests.thorough import thorough
 
 from .test_settings import configuration
 
@@ -45,6 +46,7 @@ def test_the_job_sends_and_receives(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
 
 
+@thorough
 @pytest.mark.mpi
 @needs_mpi
 def test_it_starts_inside_another_job(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from gpp.capture.weights import build_plain
 from gpp.plan import plan_from_json
 from gpp.runtime.data import hold_out
+from tests.thorough import thorough
 
 from ..mpirun import is_open_mpi, why_no_mpi
 from .commands import MINE, SLOW, SMALL, Result, foreign, losses, read, run_command, run_lines
@@ -247,7 +248,10 @@ class TestUnderMpi:
         assert len(runs) == 1, "one output folder however many ranks"
         check_folder(runs[0], 2, {"mae"}, steps=2)
 
-    @pytest.mark.parametrize("way", ["raise", "exit", "kill", "vanish"])
+    @pytest.mark.parametrize(
+        "way",
+        ["raise", pytest.param("exit", marks=thorough), "kill", pytest.param("vanish", marks=thorough)],
+    )
     def test_one_failing_rank_ends_the_job(
         self, way: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from gpp.capture.weights import build_plain
 from gpp.plan import Plan, plan_from_json
+from tests.thorough import thorough
 
 from ..mpirun import why_no_mpi
 from .commands import MINE, SLOW, Result, foreign, losses, read, run_lines
@@ -164,6 +165,7 @@ def test_a_frozen_part_is_seen_by_the_planner(folder: Path, done: dict[str, Resu
     assert all(norm > 0 for norm in column(folder / "frozen", "grad_norm"))
 
 
+@thorough
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
 def test_all_of_it_under_mpi(folder: Path, done: dict[str, Result]) -> None:
