@@ -29,7 +29,7 @@ EQUAL = {  # names of cases by the ranks that they need
     4: ("replicas-1-2-1-clipped", "dropout-replicas", "ema-tied", "chain-two-on-a-device"),
     6: ("ema-sharded",),
 }
-ON_PROCESSES: dict[int, tuple[str, ...]] = {3: (), 4: ("replicas-1-2-1-clipped", "ema-tied")}
+ON_PROCESSES = {3: ("padded-clipped",), 4: ("replicas-1-2-1-clipped", "ema-tied")}
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.mpirun import run_mpi, why_no_mpi
+from tests.thorough import thorough
 
 from . import scenes
 
@@ -13,7 +14,7 @@ pytestmark = [
 MORE = {3: ("refusals", "unequal"), 4: ("predictions",)}
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=thorough)])
 def test_on_ranks(ranks: int) -> None:
     job = run_mpi(ranks, "tests.api.mpi_program", timeout=200)
     assert job.returncode == 0, job.stdout + job.stderr

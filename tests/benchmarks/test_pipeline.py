@@ -29,6 +29,7 @@ from gpp.schedule.check import check
 from gpp.schedule.lower import lower
 from tests.graphs import make_graph, towers
 from tests.mpirun import why_no_mpi
+from tests.thorough import thorough
 
 needs_mpi = pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
 
@@ -87,6 +88,7 @@ def test_share_of_ideal():
     assert all(0.1 < float(cell or 0) < 1.2 for row in section.rows for cell in row[5:8])
 
 
+@thorough
 @needs_mpi
 def test_zero_bubble_on_a_clock():
     (case,) = pairs(("diamond 2 x 2",), (1,), 5e-3)
@@ -107,6 +109,7 @@ def test_models_on_a_clock():
     assert section.rows[0][0] == "MMT" and float(section.rows[0][5] or 0) > 0.9
 
 
+@thorough
 @needs_mpi
 def test_overhead_and_compute():
     section = whole(task_overhead((2,), 3))

@@ -12,6 +12,7 @@ from gpp.plan import plan_to_json
 from gpp.runtime.emulation import with_links, with_messages
 from gpp.timing import step_seconds
 from gpp.topology import Link
+from tests.thorough import thorough
 
 from .hosts import Hosts, Wire, has_netem, two_hosts, why_no_hosts
 from .program import NAMES
@@ -38,6 +39,7 @@ def hosts(wire: Wire) -> Iterator[Hosts]:
         yield made
 
 
+@thorough
 def test_training_is_the_reference(hosts: Hosts) -> None:
     job = hosts.run(2, "tests.multihost.program", "equality", timeout=120)
     assert job.returncode == 0, job.stdout + job.stderr

@@ -7,7 +7,7 @@ from gpp.runtime.loopback import LoopbackWorld, run
 from tests.equality.cases import Case
 from tests.equality.harness import prepare
 from tests.mpirun import run_mpi, why_no_mpi
-from tests.thorough import ALL
+from tests.thorough import thorough
 
 from .steady import CASES, FREE, Census, counts
 
@@ -30,13 +30,14 @@ def test_threads(case: Case) -> None:
     assert any(steps[0] for steps in found)  # the count itself can fail
 
 
+@thorough
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=why_no_mpi() or "")
 def test_processes() -> None:
-    """With four ranks there is a case of everything, with three of most."""
-    ranks, least = (4, 4) if ALL else (3, 3)
+    """With four ranks there is a case of everything."""
+    ranks = 4
     job = run_mpi(ranks, "tests.runtime.steady", timeout=120)
     assert job.returncode == 0, job.stdout + job.stderr
     expected = [f"steady {case.name}" for case in CASES if case.ranks == ranks]
-    assert len(expected) >= least
+    assert len(expected) > 3
     assert [line for line in job.stdout.splitlines() if line.startswith("steady")] == expected
