@@ -305,7 +305,13 @@ CASES = (
 
 
 # what travels differs: several values, integers, orders of sums, weights of the loss
-TRAVELLERS = (models.Chain, models.Diamond, models.TwoTowers, models.Tied, models.IntegerEdge, models.Padded)
+TRAVELLERS: dict[int, tuple[type[nn.Module], ...]] = {
+    1: (models.Chain,),
+    2: (models.Chain, models.Tied),
+    3: (models.TwoTowers, models.Tied, models.IntegerEdge, models.Padded),
+    4: (models.Chain, models.Diamond, models.Padded),
+    6: (models.Chain, models.Diamond),
+}
 
 
 def of_processes(ranks: int) -> list[Case]:
@@ -313,4 +319,4 @@ def of_processes(ranks: int) -> list[Case]:
     since others differ in what stages compute, which threads have shown. Every process captures every
     model."""
     cases = [case for case in CASES if case.ranks == ranks]
-    return cases if ALL else [c for c in cases if c.model in TRAVELLERS and c.precision == "fp32"]
+    return cases if ALL else [c for c in cases if c.model in TRAVELLERS[ranks] and c.precision == "fp32"]

@@ -1,12 +1,13 @@
 """The program of an MPI job: the cases that need exactly this many ranks, each held against the reference.
 
-Ranks compare what they own; rank 0 prints the name of a case after all have passed it.
+Rank 0 collects what the ranks ended with, compares it, and prints the name of a case that has passed.
 """
 
 import sys
 import traceback
 
 import torch
+from mpi4py import MPI
 
 from gpp.runtime.mpi import MpiCommunicator, connect
 from gpp.runtime.neighbors import check_neighbors
@@ -20,9 +21,9 @@ def passes(comm: MpiCommunicator, case: Case) -> None:
     ready = prepare(case)
     programs = ready.programs(comm.rank)
     check_neighbors(comm, ready.plan.stage_graph, ready.lowered.train, [p.train for p in programs])
-    compare(ready, [run_rank(ready, comm, programs)])
-    comm.barrier()
-    if comm.rank == 0:
+    outcomes = MPI.COMM_WORLD.gather(run_rank(ready, comm, programs))
+    if outcomes is not None:
+        compare(ready, outcomes)
         print("passed", case.name, flush=True)
 
 

@@ -40,7 +40,8 @@ PLANNED = {
     "pipedream": into("pipedream", "planner=pipedream", "planner.max_replicas=2", "train.micro_batch=4"),
     "sequential": into("sequential", "planner=sequential", f"planner.constraints.pins={PINS}"),
 }
-THREADS = ("graphpipe", "piper", "sequential")  # their runs need one process, and so one capture
+# these runs need one process, and so one capture
+THREADS = ("graphpipe", "piper", "pipedream", "sequential", "uneven", "greedy")
 CUT = (("towers.0",), ("towers.1",), ("towers.2",), ("head",))
 
 
@@ -107,12 +108,12 @@ def one(folder: Path) -> list[float]:
 def done(folder: Path, one: list[float]) -> dict[str, Result]:
     """The runs of one job of four ranks, and some of threads."""
     graph = graph_from_json((folder / "one" / "graph.json").read_text())
-    threads = [[*PLANNED[name], f"cluster.devices={RANKS}"] for name in THREADS]
-    found = dict(zip(THREADS, run_lines(folder, threads), strict=True))
-    lines = {name: line for name, line in PLANNED.items() if name not in THREADS}
+    lines = dict(PLANNED)
     for name, make in HANDMADE.items():
         (folder / f"{name}.json").write_text(handmade(graph, make))
         lines[name] = into(f"by_hand_{name}", f"plan={name}.json")
+    threads = [[*lines.pop(name), f"cluster.devices={RANKS}"] for name in THREADS]
+    found = dict(zip(THREADS, run_lines(folder, threads), strict=True))
     return found | dict(zip(lines, run_lines(folder, list(lines.values()), ranks=RANKS), strict=True))
 
 

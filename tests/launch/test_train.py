@@ -10,7 +10,7 @@ import torch
 from gpp.capture.weights import build_plain
 from gpp.plan import plan_from_json
 from gpp.runtime.data import hold_out
-from tests.thorough import thorough
+from tests.thorough import ALL, thorough
 
 from ..mpirun import is_open_mpi, why_no_mpi
 from .commands import MINE, SLOW, SMALL, Result, foreign, losses, read, run_command, run_lines
@@ -58,7 +58,7 @@ LINES = {
 }
 
 MPI_LINES = {
-    "small": into("mpi_small", *SMALL),
+    **({"small": into("mpi_small", *SMALL)} if ALL else {}),
     "two of three": into("mpi_two", *TWO),
     "one of three": into("mpi_one", *TINY, "model._target_=my_package.One"),
     "replay": into("mpi_replay", *TINY, "cluster.devices=2", "plan=tiny/plan.json"),
@@ -200,6 +200,7 @@ def test_help(command: str, done: dict[str, Result]) -> None:
 class TestUnderMpi:
     pytestmark = needs_mpi
 
+    @thorough
     def test_the_same_losses_as_in_one_process(self, folder: Path, mpi_done: dict[str, Result]) -> None:
         mpi_done["small"].passed()
         check_folder(folder / "mpi_small", 3, {"accuracy"})
@@ -212,6 +213,8 @@ class TestUnderMpi:
         assert "ranks without work: 2" in mpi_done["two of three"].passed()
         check_folder(folder / "mpi_two", 3, {"mae"})
         assert losses(folder / "mpi_two") == losses(folder / "tiny")
+        evaluations = [read(folder / name, "result.json")["eval"] for name in ("mpi_two", "tiny")]
+        assert evaluations[0] == evaluations[1]
         assert "idle devices: 1-2" in mpi_done["one of three"].passed()
         check_folder(folder / "mpi_one", 3, set())
 

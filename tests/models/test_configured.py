@@ -11,6 +11,7 @@ from gpp.graph import ComputationGraph
 from gpp.planner.series_parallel import Parallel, Series, decompose
 from launch.objects import chosen, dataset, model_builder
 from launch.start import CONF
+from tests.thorough import thorough
 
 
 def configured(*overrides: str) -> DictConfig:
@@ -36,7 +37,7 @@ def parameters(graph: ComputationGraph) -> int:
         ("dlrm", 40, 1269.2, 14),
         ("candle_uno", 33, 584.0, 7),
         ("case_study", 41, 100.8, 2),
-        ("mmt_paper", 169, 409.4, 4),
+        pytest.param("mmt_paper", 169, 409.4, 4, marks=thorough),
     ],
 )
 def test_the_papers_models_at_full_size(model: str, operators: int, millions: float, sources: int) -> None:
