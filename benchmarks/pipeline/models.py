@@ -117,7 +117,7 @@ def paper_models(
         "for each device, all on this machine. The linear plan has no replicas. Sums of gradients over "
         "replicas are waited for as long as the simulator says: only messages between stages are real. "
         + (
-            "Devices write these themselves, and they get on while devices compute."
+            "Devices write and join these themselves, and they get on while devices compute."
             if message is None
             else ""
         ),

@@ -96,18 +96,17 @@ class Channels:
             return
         self._senders[transfer.tag, transfer.target].send(rows)
 
+    def joined(self, parts: Sequence[Held]) -> Sequence[Tensor]:
+        """Each value of the messages, one after the other; a single message is not copied."""
+        if len(parts) == 1:
+            return parts[0].views
+        return [self._staging.joined(rows) for rows in zip(*(p.views for p in parts), strict=True)]
+
     def _kept(self, value: Tensor) -> Tensor:
         """For another stage of this rank: as it is, but packed as in a message, and not in a message's own
         memory: that may be given back before the other stage runs."""
         lent = value.untyped_storage().data_ptr() in self._memory
         return value.clone(memory_format=torch.contiguous_format) if lent else value.contiguous()
-
-
-def joined(parts: Sequence[Held]) -> Sequence[Tensor]:
-    """Each value of the messages, one after the other; a single message is not copied."""
-    if len(parts) == 1:
-        return parts[0].views
-    return [torch.cat(rows) for rows in zip(*(p.views for p in parts), strict=True)]
 
 
 def _rings(

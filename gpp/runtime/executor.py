@@ -20,7 +20,7 @@ from gpp.schedule.task import Pass, Reduce, Reduction, Schedule, Update
 from gpp.trace import Activity, Span
 
 from .binding import Arrival, Bound, Call, Departure, bind
-from .channels import Channels, Held, joined
+from .channels import Channels, Held
 from .communicator import Communicator
 from .rank_state import RankState
 from .reduce import Slots
@@ -274,7 +274,7 @@ class _Step:
                 assert held is not None  # the checker has seen it arrive
                 parts.append(held)
                 self.held[number] = None
-            values += joined(parts)
+            values += self.owner.channels.joined(parts)
             taken += parts
         return values, taken
 

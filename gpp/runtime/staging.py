@@ -62,6 +62,17 @@ class Staging(Protocol):
     def slot(self, size: int, *, sending: bool) -> Slot:
         """A slot of `size` bytes at a sending or receiving end."""
 
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rows of several messages, one after the other: a stage wants them in one piece."""
+
+
+class _Joining:
+    """Stages' device joins what has come."""
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Staging`."""
+        return torch.cat(list(parts))
+
 
 class HostSlot:
     """Host memory that stages on the host share."""
@@ -101,7 +112,7 @@ class HostSlot:
         """See `Slot`."""
 
 
-class OnHost:
+class OnHost(_Joining):
     """Stages compute on the host."""
 
     is_polled = False
@@ -145,7 +156,7 @@ class DeviceSlot:
         self._done.synchronize()
 
 
-class OnDevice:
+class OnDevice(_Joining):
     """The message layer takes device memory."""
 
     is_polled = True
@@ -210,7 +221,7 @@ class PinnedSlot:
         self._sources = ()
 
 
-class Pinned:
+class Pinned(_Joining):
     """Messages of a device lie in pinned host memory."""
 
     is_polled = True

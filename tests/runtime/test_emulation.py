@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis.strategies import sampled_from
 
 from benchmarks.pipeline.stage_graphs import chain, fan_in, paced
 from gpp.plan import Plan, Policy
@@ -67,11 +68,11 @@ def test_knobs():
 
 
 @settings(max_examples=25, deadline=None)
-@given(plans(scheduled=True, max_stages=5))
-def test_every_plan_runs(plan: Plan):
+@given(plans(scheduled=True, max_stages=5), sampled_from(["host", "device"]))
+def test_every_plan_runs(plan: Plan, transport: str):
     try:
         check(plan, lower(plan))
     except ScheduleError:
         return
-    trainer = measured(slower(with_links(plan, FREE), 1e-7), steps=2)
+    trainer = measured(slower(with_links(plan, FREE), 1e-7), steps=2, transport=transport)
     assert len(trainer.measured.step_seconds) == 2
