@@ -90,6 +90,7 @@ def pipeline(
     with the same words on the others.
     """
     _check_names(precision, device, transport)
+    _check_training(clip_norm, ema, schedule)
     if plan is not None:
         _check_planned(
             planner=planner != "gpp",
@@ -171,6 +172,17 @@ def _check_names(precision: str, device: str, transport: str) -> None:
     for name, (given, names) in known.items():
         if given not in names:
             raise RefusedError(f"{name} must be one of {', '.join(names)}, it is {given!r}")
+
+
+def _check_training(clip_norm: float | None, ema: float | None, schedule: Policy | None) -> None:
+    if clip_norm is not None and not clip_norm > 0:
+        raise RefusedError(
+            f"clip_norm, the largest norm of the gradients, must be above 0, it is {clip_norm}"
+        )
+    if ema is not None and not 0 < ema < 1:
+        raise RefusedError(f"ema, the decay of the moving average, must be between 0 and 1, it is {ema}")
+    if schedule is not None and not isinstance(schedule, Policy):
+        raise RefusedError(f"schedule must be a gpp.plan.Policy, as Policy('1f1b'), it is {schedule!r}")
 
 
 def _check_planned(**given: bool) -> None:

@@ -77,6 +77,9 @@ def test_one_device_is_enough() -> None:
         ({"micro_batch": 3}, PlanError, "does not divide"),
         ({"transport": "auto"}, RefusedError, "transport must be one of host, device, it is 'auto'"),
         ({"device": "gpu"}, RefusedError, "device must be one of auto, cpu, cuda, it is 'gpu'"),
+        ({"ema": 1.5}, RefusedError, "ema, the decay of the moving average, must be between 0 and 1"),
+        ({"clip_norm": -1.0}, RefusedError, "clip_norm, the largest norm of the gradients, must be above 0"),
+        ({"schedule": "gpipe"}, RefusedError, "schedule must be a gpp.plan.Policy, as Policy"),
         ({"precision": "fp16"}, RefusedError, "precision must be one of fp32, bf16, it is 'fp16'"),
         (
             {"plan": lambda captured: None, "planner": "piper", "clipnorm": 1},
