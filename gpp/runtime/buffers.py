@@ -2,7 +2,7 @@
 
 A message carries the rows of all values of an edge for some samples, one value after another:
 
-    | value 0: n samples | pad | value 1: n samples | pad | ...        pad: to the next multiple of 64 bytes
+    | value 0: n samples | pad | value 1: n samples | pad | ... |        pad: to the next multiple of 64 bytes
 
 A receiver works on views of its slot and gives the slot back when it has no more use for it; a sender copies
 into one. Nothing is made between steps, neither memory, which an MPI library then registers once, nor
@@ -10,9 +10,9 @@ requests. On a device a slot becomes ready later (see `staging`): whoever waits 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import accumulate, count, cycle
 
 from torch import Tensor
 
@@ -31,8 +31,8 @@ def channel_values(values: Sequence[ValueSpec], direction: Direction) -> tuple[V
 
 
 def message_bytes(values: Sequence[ValueSpec], samples: int) -> int:
-    """Bytes of a message of `samples` samples, padding included."""
-    return _offsets(values, samples)[-1]
+    """Bytes of a message of `samples` samples, the padding between values included."""
+    return _offsets(values, samples)[-1] + samples * values[-1].bytes if values else 0
 
 
 def message_views(buffer: Tensor, values: Sequence[ValueSpec], samples: int) -> tuple[Tensor, ...]:
@@ -40,7 +40,7 @@ def message_views(buffer: Tensor, values: Sequence[ValueSpec], samples: int) -> 
     offsets = _offsets(values, samples)
     return tuple(
         buffer[offset : offset + samples * v.bytes].view(v.dtype).view(samples, *v.shape)
-        for offset, v in zip(offsets, values, strict=False)
+        for offset, v in zip(offsets, values, strict=True)
     )
 
 
@@ -72,8 +72,33 @@ class Message:
     request: PersistentRequest
 
 
+@dataclass(frozen=True)
+class Landing:
+    """Where the messages of several ranks lie one after the other: those that make up a micro-batch need not
+    be copied into one piece. By number of the slot: the values of the whole, and each rank's slot."""
+
+    sources: tuple[int, ...]
+    whole: tuple[tuple[Tensor, ...], ...]
+    slots: tuple[tuple[Slot, ...], ...]
+
+
+def landing(channels: Mapping[Channel, int], value: ValueSpec, staging: Staging) -> Landing:
+    """For channels with as many slots each, whose messages all have this many samples of the one value; in
+    the order of their samples."""
+    counts = list(channels.values())
+    cuts = [samples * value.bytes for samples in accumulate(counts, initial=0)]
+    (count,) = {channel.slots for channel in channels}
+    made = [staging.landing(cuts[-1], cuts) for _ in range(count)]
+    return Landing(
+        tuple(channel.source for channel in channels),
+        tuple(message_views(memory, (value,), sum(counts)) for memory, _ in made),
+        tuple(tuple(slots) for _, slots in made),
+    )
+
+
 class Ring:
-    """The slots at one end of a channel; `sizes` are all the sample counts that its messages have.
+    """The slots at one end of a channel; `sizes` are all the sample counts that its messages have. With
+    `landing` it receives into that.
 
     It outlives the channel ends below, which belong to one stretch of steps: training, or an evaluation.
     """
@@ -85,9 +110,11 @@ class Ring:
         values: Sequence[ValueSpec],
         sizes: Sequence[int],
         staging: Staging | None = None,
+        landing: Landing | None = None,
     ):
         self.communicator = communicator
         self.channel = channel
+        self.landing = landing
         self.values = channel_values(values, channel.direction)
         carries = (
             bool(self.values) or not values
@@ -100,7 +127,11 @@ class Ring:
         largest = message_bytes(self.values, max(sizes))
         self.bytes = largest * channel.slots
         sending = communicator.rank == channel.source
-        slots = [(staging or OnHost()).slot(largest, sending=sending) for _ in range(channel.slots)]
+        if landing is not None:
+            part = landing.sources.index(channel.source)
+            slots = [parts[part] for parts in landing.slots]
+        else:
+            slots = [(staging or OnHost()).slot(largest, sending=sending) for _ in range(channel.slots)]
         self.slots = tuple(slots)
         self._messages = {
             (number, samples): self._message(number, slot, samples)
@@ -207,6 +238,16 @@ class ReceiveChannel:
         self._free = deque(range(ring.channel.slots))  # not posted: the device has still to read them
         self.progress()
 
+    @property
+    def landing(self) -> Landing | None:
+        """Where its messages lie beside those of other channels, if they do."""
+        return self._ring.landing
+
+    @property
+    def source(self) -> int:
+        """The rank that sends."""
+        return self._ring.channel.source
+
     def next(self) -> Message:
         """Wait for the oldest message that is still to come; its views hold until `release`."""
         if not self._posted and self._free:
@@ -264,8 +305,8 @@ def channel_name(channel: Channel) -> str:
 
 
 def _offsets(values: Sequence[ValueSpec], samples: int) -> list[int]:
-    """Where each value starts, and where the message ends."""
-    offsets = [0]
-    for value in values:
+    """Where each value starts."""
+    offsets = [0] if values else []
+    for value in values[:-1]:
         offsets.append(offsets[-1] + -(-samples * value.bytes // ALIGNMENT) * ALIGNMENT)
     return offsets

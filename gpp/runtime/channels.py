@@ -1,17 +1,17 @@
 """A rank's ends of all channels of one schedule: rings that outlive stretches of steps."""
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from gpp.program.stage import StageFunctions
-from gpp.schedule.task import Receive, Schedule, Send, Transfer
+from gpp.schedule.task import Channel, Receive, Samples, Schedule, Send, Transfer
 
-from .binding import port_of
-from .buffers import Message, ReceiveChannel, Ring, SendChannel
+from .buffers import Landing, Message, ReceiveChannel, Ring, SendChannel, channel_values, landing
 from .communicator import Communicator
 from .staging import Staging
 
@@ -97,9 +97,11 @@ class Channels:
         self._senders[transfer.tag, transfer.target].send(rows)
 
     def joined(self, parts: Sequence[Held]) -> Sequence[Tensor]:
-        """Each value of the messages, one after the other; a single message is not copied."""
+        """Each value of the messages, one after the other; copied only if that is not how they lie."""
         if len(parts) == 1:
             return parts[0].views
+        if (whole := _as_they_lie(parts)) is not None:
+            return whole
         return [self._staging.joined(rows) for rows in zip(*(p.views for p in parts), strict=True)]
 
     def _kept(self, value: Tensor) -> Tensor:
@@ -109,19 +111,59 @@ class Channels:
         return value.clone(memory_format=torch.contiguous_format) if lent else value.contiguous()
 
 
+def _as_they_lie(parts: Sequence[Held]) -> Sequence[Tensor] | None:
+    """The values of messages that lie one after the other in a landing, and are all of it."""
+    channels = [part.channel for part in parts]
+    landing = channels[0].landing if channels[0] is not None else None
+    if landing is None or landing.sources != tuple(c.source for c in channels if c is not None):
+        return None
+    numbers = {part.message.number for part in parts if part.message is not None}
+    return landing.whole[numbers.pop()] if len(numbers) == 1 else None
+
+
 def _rings(
     comm: Communicator, schedule: Schedule, stages: Sequence[StageFunctions], staging: Staging
 ) -> dict[_Ends, tuple[Ring, list[int]]]:
     """A ring for every channel that ends at this rank, with the samples of its messages in order."""
-    counts: dict[_Ends, list[int]] = defaultdict(list)
+    carried: dict[_Ends, list[Samples]] = defaultdict(list)
     for instruction in schedule.programs[comm.rank]:
         if isinstance(instruction, Send | Receive) and not instruction.transfer.is_local:
             t = instruction.transfer
-            counts[t.tag, t.source, t.target].append(len(t.samples))
+            carried[t.tag, t.source, t.target].append(t.samples)
+    ports = {p.edge: p.values for f in stages for p in (*f.receives, *f.sends)}
+    channels = {(c.tag, c.source, c.target): c for c in schedule.channels}
+    into: dict[_Ends, Landing] = {}
+    for tag in {tag for tag, _, target in carried if target == comm.rank}:
+        together = {
+            channels[e]: samples for e, samples in carried.items() if (e[0], e[2]) == (tag, comm.rank)
+        }
+        one = next(iter(together))
+        values = channel_values(ports[one.edge], one.direction)
+        ordered = _side_by_side(together)
+        if ordered is not None and len(values) == 1:
+            place = landing(ordered, values[0], staging)
+            into |= {(tag, source, comm.rank): place for source in place.sources}
     rings = {}
-    for channel in schedule.channels:
-        ends = (channel.tag, channel.source, channel.target)
-        if ends in counts:
-            port = port_of([p for f in stages for p in (*f.receives, *f.sends)], channel.edge)
-            rings[ends] = (Ring(comm, channel, port.values, counts[ends], staging), counts[ends])
+    for ends, samples in carried.items():
+        channel = channels[ends]
+        counts = [len(part) for part in samples]
+        ring = Ring(comm, channel, ports[channel.edge], counts, staging, into.get(ends))
+        rings[ends] = (ring, counts)
     return rings
+
+
+def _side_by_side(channels: Mapping[Channel, Sequence[Samples]]) -> dict[Channel, int] | None:
+    """Several channels in the order of their samples, with the samples of a message, where the messages that
+    come at one time are always next to each other, in the same order and of the same sizes."""
+    ordered = sorted(channels, key=lambda c: channels[c][0].start)
+    counts = {channel: len(channels[channel][0]) for channel in ordered}
+    if len(ordered) < 2 or len({channel.slots for channel in ordered}) > 1:
+        return None
+    if len({len(channels[channel]) for channel in ordered}) > 1:
+        return None
+    for row in zip(*(channels[channel] for channel in ordered), strict=True):
+        if [len(samples) for samples in row] != list(counts.values()):
+            return None
+        if any(one.stop != other.start for one, other in pairwise(row)):
+            return None
+    return counts

@@ -252,7 +252,11 @@ class _Written:
 
     def slot(self, size: int, *, sending: bool) -> HostSlot:
         """See `Staging`."""
-        return _WrittenSlot(size)
+        return _WrittenSlot(torch.empty(size, dtype=torch.uint8))
+
+    def landing(self, size: int, cuts: Sequence[int]) -> tuple[Tensor, Sequence[HostSlot]]:
+        """See `Staging`."""
+        return OnHost().landing(size, cuts)
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """See `Staging`. That is the device's work, and part of its pass; nobody looks at the values."""

@@ -9,6 +9,7 @@ memory (`OnHost`); a device whose messages are staged in pinned memory, by copie
 
 from collections.abc import Callable, Sequence
 from ctypes import memmove
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -60,25 +61,20 @@ class Staging(Protocol):
         """Whether slots become ready only later."""
 
     def slot(self, size: int, *, sending: bool) -> Slot:
-        """A slot of `size` bytes at a sending or receiving end."""
+        """A slot of `size` bytes of its own at a sending or receiving end."""
+
+    def landing(self, size: int, cuts: Sequence[int]) -> tuple[Tensor, Sequence[Slot]]:
+        """Memory [size] that stages work on, and a receiving slot for each part of it between two `cuts`."""
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The rows of several messages, one after the other: a stage wants them in one piece."""
 
 
-class _Joining:
-    """Stages' device joins what has come."""
-
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """See `Staging`."""
-        return torch.cat(list(parts))
-
-
 class HostSlot:
     """Host memory that stages on the host share."""
 
-    def __init__(self, size: int) -> None:
-        self.wire = self.local = torch.empty(size, dtype=torch.uint8)
+    def __init__(self, memory: Tensor) -> None:
+        self.wire = self.local = memory
 
     def writer(self, views: Sequence[Tensor]) -> Write:
         """See `Slot`."""
@@ -112,21 +108,30 @@ class HostSlot:
         """See `Slot`."""
 
 
-class OnHost(_Joining):
+class OnHost:
     """Stages compute on the host."""
 
     is_polled = False
 
     def slot(self, size: int, *, sending: bool) -> HostSlot:
         """See `Staging`."""
-        return HostSlot(size)
+        return HostSlot(_bytes(size))
+
+    def landing(self, size: int, cuts: Sequence[int]) -> tuple[Tensor, Sequence[HostSlot]]:
+        """See `Staging`."""
+        memory = _bytes(size)
+        return memory, [HostSlot(part) for part in _parts(memory, cuts)]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Staging`."""
+        return torch.cat(list(parts))
 
 
 class DeviceSlot:
     """Device memory that is sent from and received into: everything is on the stream of the stages."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.wire = self.local = torch.empty(size, dtype=torch.uint8, device=device)
+    def __init__(self, memory: Tensor, device: torch.device) -> None:
+        self.wire = self.local = memory
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._device = device
 
@@ -156,7 +161,7 @@ class DeviceSlot:
         self._done.synchronize()
 
 
-class OnDevice(_Joining):
+class OnDevice:
     """The message layer takes device memory."""
 
     is_polled = True
@@ -166,15 +171,26 @@ class OnDevice(_Joining):
 
     def slot(self, size: int, *, sending: bool) -> DeviceSlot:
         """See `Staging`."""
-        return DeviceSlot(size, self._device)
+        return DeviceSlot(_bytes(size, self._device), self._device)
+
+    def landing(self, size: int, cuts: Sequence[int]) -> tuple[Tensor, Sequence[DeviceSlot]]:
+        """See `Staging`."""
+        memory = _bytes(size, self._device)
+        return memory, [DeviceSlot(part, self._device) for part in _parts(memory, cuts)]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Staging`."""
+        return torch.cat(list(parts))
 
 
 class PinnedSlot:
-    """Pinned host memory, and device memory of the same size where messages arrive."""
+    """Pinned host memory, and `local` device memory of the same size where messages arrive."""
 
-    def __init__(self, size: int, device: torch.device, side: torch.cuda.Stream, *, sending: bool) -> None:
+    def __init__(
+        self, size: int, device: torch.device, side: torch.cuda.Stream, local: Tensor | None
+    ) -> None:
         self.wire = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self.local = self.wire if sending else torch.empty(size, dtype=torch.uint8, device=device)
+        self.local = self.wire if local is None else local
         self._device = device
         self._side = side
         # stages have launched what the copy has to wait for
@@ -221,7 +237,7 @@ class PinnedSlot:
         self._sources = ()
 
 
-class Pinned(_Joining):
+class Pinned:
     """Messages of a device lie in pinned host memory."""
 
     is_polled = True
@@ -232,7 +248,25 @@ class Pinned(_Joining):
 
     def slot(self, size: int, *, sending: bool) -> PinnedSlot:
         """See `Staging`."""
-        return PinnedSlot(size, self._device, self._side, sending=sending)
+        return PinnedSlot(size, self._device, self._side, None if sending else _bytes(size, self._device))
+
+    def landing(self, size: int, cuts: Sequence[int]) -> tuple[Tensor, Sequence[PinnedSlot]]:
+        """See `Staging`."""
+        memory = _bytes(size, self._device)
+        parts = _parts(memory, cuts)
+        return memory, [PinnedSlot(len(part), self._device, self._side, part) for part in parts]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Staging`."""
+        return torch.cat(list(parts))
+
+
+def _bytes(size: int, device: torch.device | None = None) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _parts(memory: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+    return [memory[start:stop] for start, stop in pairwise(cuts)]
 
 
 def host_staging(device: torch.device) -> Staging:

@@ -1,8 +1,11 @@
 """Every case in one process: the ranks are threads. What is given back is overwritten at once: nobody may
 still read it."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from gpp.runtime.loopback import LoopbackWorld, run
 from gpp.runtime.staging import HostSlot, OnHost
@@ -20,7 +23,11 @@ class OverwrittenSlot(HostSlot):
 
 class Overwritten(OnHost):
     def slot(self, size: int, *, sending: bool) -> HostSlot:
-        return OverwrittenSlot(size)
+        return OverwrittenSlot(torch.empty(size, dtype=torch.uint8))
+
+    def landing(self, size: int, cuts: Sequence[int]) -> tuple[Tensor, Sequence[HostSlot]]:
+        memory, slots = super().landing(size, cuts)
+        return memory, [OverwrittenSlot(slot.wire) for slot in slots]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -29,7 +29,7 @@ WIDE = (
     *("model._target_=sequences.Wide", "data._target_=sequences.Waiting", "cluster.devices=1"),
     *("train.steps=14", "train.mini_batch=64", "train.micro_batch=64", "train.held_out=0"),
 )
-WAIT = 0.08  # seconds of a slow read
+WAIT = 0.25  # seconds of a slow read: longer than a step, so that a busy machine changes little
 
 
 def into(name: str, *arguments: str) -> list[str]:

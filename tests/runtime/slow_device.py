@@ -1,6 +1,7 @@
 """A device that does what it is told only after it has been looked at some times; and sees who is early."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ class SlowSlot:
     """See `gpp.runtime.staging.Slot`. What is sent before it is written is garbage; what is received before
     the last message has been read fails."""
 
-    def __init__(self, size: int, lag: int, *, sending: bool) -> None:
+    def __init__(self, size: int, lag: int, local: Tensor | None = None) -> None:
         self.wire = torch.full((size,), GARBAGE, dtype=torch.uint8)
-        self.local = self.wire if sending else self.wire.clone()
+        self.local = self.wire if local is None else local
         self.lag = lag
         self.looks = 0  # before it is done
         self.work: Callable[[], None] = lambda: None
@@ -67,10 +68,18 @@ class SlowDevice:
     def __init__(self, lag: int) -> None:
         self.lag = lag
         self.slots: list[SlowSlot] = []
+        self.landings = 0
 
     def slot(self, size: int, *, sending: bool) -> SlowSlot:
-        self.slots.append(SlowSlot(size, self.lag, sending=sending))
+        self.slots.append(SlowSlot(size, self.lag, None if sending else torch.full((size,), GARBAGE).byte()))
         return self.slots[-1]
+
+    def landing(self, size: int, cuts: Sequence[int]) -> tuple[Tensor, Sequence[SlowSlot]]:
+        memory = torch.full((size,), GARBAGE).byte()
+        self.landings += 1
+        made = [SlowSlot(stop - start, self.lag, memory[start:stop]) for start, stop in pairwise(cuts)]
+        self.slots += made
+        return memory, made
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts))

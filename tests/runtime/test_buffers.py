@@ -33,11 +33,11 @@ def channel(direction: Direction = Direction.ACTIVATION, slots: int = 2) -> Chan
 @pytest.mark.parametrize(
     ("values", "samples", "size"),
     [
-        ((X,), 1, 64),  # 12 bytes and padding
-        ((X,), 6, 128),  # 72
-        ((X, MASK, H), 4, 64 + 64 + 128),  # 48, 4, 80
+        ((X,), 1, 12),
+        ((X,), 6, 72),
+        ((X, MASK, H), 4, 64 + 64 + 80),  # 48 and padding, 4 and padding, 80
         ((ValueSpec("exact", (16,), torch.float32, True),), 2, 128),
-        ((ValueSpec("empty", (0, 4), torch.float32, True), X), 2, 64),
+        ((ValueSpec("empty", (0, 4), torch.float32, True), X), 2, 24),
     ],
 )
 def test_message_bytes(values: tuple[ValueSpec, ...], samples: int, size: int) -> None:
@@ -110,13 +110,13 @@ def test_gradients_travel_only_for_values_that_need_one() -> None:
 def test_a_ring_holds_the_largest_message_in_each_slot() -> None:
     comm = LoopbackWorld(2).communicators[0]
     ring = Ring(comm, channel(Direction.GRADIENT, slots=3), (X, MASK), [6, 1])
-    assert ring.bytes == 3 * 128
+    assert ring.bytes == 3 * 72
     starts = {ring.message(slot, 6).views[0].data_ptr() for slot in range(3)}
     assert len(starts) == 3
     for slot in range(3):
         short, long = ring.message(slot, 1), ring.message(slot, 6)
         assert short.views[0].data_ptr() == long.views[0].data_ptr()
-        assert short.size == 64 and long.size == 128
+        assert short.size == 12 and long.size == 72
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def measured(plan: Plan, steps: int = 5, transport: str = "host") -> Trainer:
 @pytest.mark.parametrize("transport", ["host", "device"])
 @pytest.mark.parametrize("edges", [chain(3), fan_in([2, 2], 1)])
 def test_the_measured_step_is_the_simulated_one(edges, transport):
-    plan = with_messages(paced(edges, 6, unit=0.01), 64)
-    trainer = measured(plan, transport=transport)
-    assert step_seconds(plan) * 0.99 <= trainer.measured.typical <= step_seconds(plan) * 1.25
+    plan = with_messages(paced(edges, 6, unit=0.02), 64)
+    steps = measured(plan, transport=transport).measured.step_seconds
+    assert step_seconds(plan) * 0.99 <= min(steps[1:]) <= step_seconds(plan) * 1.25  # others may be busy
 
 
 def test_a_split_backward_waits_twice_and_recomputing_once_more():
