@@ -25,6 +25,7 @@ DTYPE_BYTES: Mapping[str, int] = {
     "uint8": 1,
     "bool": 1,
     "complex64": 8,
+    "complex128": 16,
 }
 
 

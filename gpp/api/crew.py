@@ -4,8 +4,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -77,6 +78,8 @@ class Crew:
         """The end of a job that `connected` found; called by all ranks."""
         if self.job is not None:
             self.job.close()
+            if isinstance(sys.excepthook, _EndsJob) and sys.excepthook.comm is self.job:
+                sys.excepthook = sys.excepthook.before
 
     def together(self, make: Callable[[], T]) -> T:
         """`make()` in every process, in which none waits for another. If it fails in one, that one raises
@@ -117,15 +120,21 @@ def connected() -> "MpiCommunicator | None":
     from gpp.runtime.mpi import connect
 
     comm = connect()
-    before = sys.excepthook
-
-    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, RefusedError) or comm.size == 1:  # every rank has it, and leaves
-            before(kind, error, trace)
-            return
-        print(f"rank {comm.rank}:", file=sys.stderr)
-        traceback.print_exception(kind, error, trace)
-        comm.abort(1)
-
-    sys.excepthook = end
+    sys.excepthook = _EndsJob(comm, sys.excepthook)
     return comm
+
+
+@dataclass(frozen=True)
+class _EndsJob:
+    """What an exception that nobody handles goes to while there is a job."""
+
+    comm: "MpiCommunicator"
+    before: Callable[..., Any]
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, RefusedError) or self.comm.size == 1:  # every rank has it, and leaves
+            self.before(kind, error, trace)
+            return
+        print(f"rank {self.comm.rank}:", file=sys.stderr)
+        traceback.print_exception(kind, error, trace)
+        self.comm.abort(1)

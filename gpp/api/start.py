@@ -104,6 +104,10 @@ def pipeline(
     comm = connected()
     count = _devices(devices, cluster, plan, None if comm is None else comm.size)
     crew = Crew(comm, count, comm)
+    if not crew.alone:
+        asked = (mini_batch, clip_norm, log_norm, ema, precision, transport, seed, count, plan is None)
+        what = "mini_batch, clip_norm, log_norm, ema, precision, transport, seed, devices or plan"
+        same(crew.comm, f"pipeline's {what}", str(asked))
     target = crew.together(lambda: pick_device(device))
     staging = crew.together(lambda: staging_of(transport, target, comm))
     begun = model if isinstance(model, Initialised) else build_plain(lambda: model, seed)
@@ -127,6 +131,11 @@ def pipeline(
         if plan is not None:
             made = plan if isinstance(plan, Plan) else plan(captured)
             check_subject(made, captured.graph, "plan", coupled=mini_batch if captured.loss_coupled else None)
+            if made.precision != PRECISIONS[precision]:
+                raise PlanError(
+                    f"the plan is for {made.precision}, precision={precision!r} computes in "
+                    f"{PRECISIONS[precision]}: plan with precision={PRECISIONS[precision]!r}"
+                )
             if made.mini_batch != mini_batch or len(made.topology.devices) > crew.size:
                 raise PlanError(
                     f"the plan is for mini-batches of {made.mini_batch} on {len(made.topology.devices)} "

@@ -29,9 +29,13 @@ def explain(model: nn.Module, error: Exception) -> str:
     text = str(error).strip()
     if "specialized it to be a constant" in text or "Constraints violated" in text:
         reason = (
-            "it turns the batch size into a fixed number (float(x.shape[0]), int(...), a Python branch on it)"
+            "it turns the batch size into a fixed number (len(x), float(x.shape[0]), int(...), a Python "
+            "branch on it)"
         )
-        remedy = "keep the batch size symbolic, e.g. torch.ones_like(x[:, 0]).sum() for a count of samples"
+        remedy = (
+            "keep the batch size symbolic: x.shape[0] for len(x), torch.ones_like(x[:, 0]).sum() for a "
+            "number to compute with"
+        )
     elif _mentions(text, "data-dependent", "Could not guard", "GuardOnDataDependentSymNode", "Dynamo failed"):
         reason = "its Python control flow depends on the values of a tensor (.item(), if on a tensor)"
         remedy = "use torch.where or masks"

@@ -9,6 +9,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
+from .autocast import operator_called
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -43,13 +45,14 @@ def trace_joint(
     computed. Gradients arrive packed, so they are traced contiguous whatever the result's own strides.
     """
     border: list[int] = []
+    run: Callable[..., Any] = forward
     wanted = [*learning, *flowing]
 
     def joint(given: list[Tensor], tangents: list[Tensor]) -> tuple[Any, ...]:
         leaves = list(given)
         for i in wanted:
             leaves[i] = leaves[i].detach().requires_grad_()
-        results = forward(*leaves)
+        results = run(*leaves)
         tracer: Any = get_proxy_mode()
         border.append(len(tracer.tracer.graph.nodes))
         roots = [results[i] for i in outputs]
@@ -68,17 +71,33 @@ def trace_joint(
             )
         return (*results, *found)
 
-    module, shapes = _traced(joint, forward, arguments, outputs)
+    module, shapes = _traced(joint, run, arguments, outputs)
     if any("mkldnn_rnn_layer_backward" in str(n.target) for n in module.graph.nodes):
         # oneDNN's fused LSTM has a backward that takes an undefined tensor, which no graph can hold
         border.clear()
+        run = _AsCaptured(forward).run
         with torch.backends.mkldnn.flags(enabled=False):
-            module, shapes = _traced(joint, forward, arguments, outputs)
+            module, shapes = _traced(joint, run, arguments, outputs)
     return _parts(module, border[0], len(arguments), len(outputs), shapes, len(learning))
 
 
+class _AsCaptured(fx.Interpreter):
+    """Under autocast oneDNN's LSTM returns the low precision, the steps that stand for it return float32 if
+    the model's initial state is of that: what reads them was captured behind oneDNN's."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's result, of an LSTM in the types that it was captured with."""
+        result = super().run_node(n)
+        if "aten.lstm" not in str(operator_called(n)):
+            return result
+        return tuple(v.to(known.dtype) for v, known in zip(result, n.meta["val"], strict=True))
+
+
 def _traced(
-    joint: Callable[..., Any], forward: fx.GraphModule, arguments: Sequence[Tensor], outputs: Sequence[int]
+    joint: Callable[..., Any],
+    forward: Callable[..., Any],
+    arguments: Sequence[Tensor],
+    outputs: Sequence[int],
 ) -> tuple[fx.GraphModule, int]:
     """The graph of `joint` on fake tensors, and how many results forward has."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

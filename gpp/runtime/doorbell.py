@@ -58,3 +58,5 @@ class Doorbell:
     def close(self) -> None:
         """Be no longer reachable."""
         self._own.close()
+        if isinstance(self._asleep, mmap):
+            self._asleep.close()

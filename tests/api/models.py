@@ -1,5 +1,7 @@
 """A model whose predictions somebody wants, and batches for it."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +52,8 @@ def in_stages(model: nn.Module, *prefixes: tuple[str, ...], replicas: tuple[int,
     case = Case("", nn.Module, prefixes, micro_batch=4, mini_batch=8, replicas=replicas)
 
     def plan(captured: Captured) -> Plan:
-        return make_plan(case, captured)
+        precision = "bfloat16" if more.get("precision") == "bf16" else "float32"
+        return replace(make_plan(case, captured), precision=precision)
 
     return pipeline(
         model, rows(4), optimizer=adam, mini_batch=8, plan=plan, devices=sum(replicas), device="cpu", **more

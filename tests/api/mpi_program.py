@@ -23,6 +23,7 @@ def main() -> None:
             assert all(text.startswith("rank ") and "key '" in text for text in said[0]), said[0]
             scenes.planned_by_arguments()
             scenes.unequal_batches(comm.rank)
+            scenes.unequal_arguments(comm.rank)
             names += ["refusals", "unequal"]
         if comm.size == 4:
             scenes.predictions_in_order((2, 1, 1))

@@ -1,5 +1,8 @@
 """What holds of a pipeline alone and on the ranks of an MPI job: each scene is run by all ranks together."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from gpp.api.pipeline import Pipeline
 from gpp.api.start import pipeline
 from gpp.capture.capture import Captured
 from gpp.plan import Plan
+from gpp.runtime.agreement import DisagreementError
 from tests.equality.cases import CASES, Case
 from tests.equality.harness import (
     STEPS,
@@ -148,6 +152,16 @@ def unequal_batches(rank: int) -> None:
             pipe.evaluate([rows(5)] * (1 if rank == 1 else 2))
         with pytest.raises(RefusedError, match="of number 0 they have 5 samples, 5 samples, 4 samples"):
             pipe.predict([rows(4 if rank == 2 else 5)])
+
+
+def unequal_arguments(rank: int) -> None:
+    """Ranks that are asked for other things are all told so; what a pipeline has opened it closes."""
+    hook, files = sys.excepthook, len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        in_stages(ranked(), ("a",), ("b",), ("",), replicas=(1, 1, 1)).close()
+    assert sys.excepthook is hook and len(os.listdir("/proc/self/fd")) <= files + 1
+    with pytest.raises(DisagreementError, match=r"pipeline's mini_batch, clip_norm, .* on ranks 0, 2"):
+        pipeline(ranked(), rows(4), optimizer=adam, mini_batch=8, device="cpu", clip_norm=1.0 + (rank == 1))
 
 
 def untold_predictions(pipe: Pipeline) -> None:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from gpp.api.crew import RefusedError
-from gpp.api.plan import machine
+from gpp.api.plan import machine, plan
 from gpp.api.start import pipeline
 from gpp.capture.export import CaptureError
 from gpp.plan import PlanError
@@ -86,6 +87,11 @@ def test_one_device_is_enough() -> None:
             RefusedError,
             "with plan= nothing is planned: leave out planner, clipnorm",
         ),
+        (
+            {"plan": lambda captured: plan(captured, 8), "precision": "bf16"},
+            PlanError,
+            "the plan is for float32, precision='bf16' computes in bfloat16",
+        ),
         ({"transport": "device"}, RefusedError, 'stages run on cpu without MPI: use transport="host"'),
     ],
 )
@@ -159,3 +165,43 @@ def test_what_a_data_set_gives_is_looked_at() -> None:
             pipe.evaluate_dataset(Growing())
         with pytest.raises(RefusedError, match="a step takes 8 samples, the batches have 4"):
             pipe.fit(Growing(), Batches(32, 4, 0), 1)
+
+
+class Remembering(nn.Module):
+    """oneDNN's LSTM, which cannot be cut, returns another type under autocast than the steps of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 8), nn.Linear(16, 2)
+
+    def forward(self, x, s, y):
+        read = self.a(s)[0][:, -1]
+        return functional.mse_loss(self.c(torch.cat([self.b(x), read], 1)).float(), y)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_recurrent_branch_trains_under_autocast(devices: int) -> None:
+    torch.manual_seed(0)
+    model = Remembering()
+    samples = {"x": torch.randn(8, 8), "s": torch.randn(8, 5, 4), "y": torch.randn(8, 2)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pipeline(
+        model,
+        samples,
+        optimizer=lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
+        mini_batch=8,
+        micro_batch=4,
+        planner="graphpipe",
+        precision="bf16",
+        device="cpu",
+        devices=devices,
+    ) as pipe:
+        assert len(pipe.plan.stage_graph.stages) == devices
+        for _ in range(4):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**samples)
+            loss.backward()
+            optimizer.step()
+            assert pipe.step(samples).loss == pytest.approx(loss.item(), rel=1e-2)
+        assert pipe.evaluate([samples])["loss"] == pytest.approx(model(**samples).item(), rel=1e-2)
