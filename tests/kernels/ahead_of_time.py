@@ -19,7 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import launch, layer_norm, linear
+from kernels import launch, layer_norm, linear, norm, rms_norm
+from kernels.rows import WHOLE_ROW
 
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
@@ -65,7 +66,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def layer_norm_cases() -> Any:
     """(name, function, arguments) over widths in registers, the widest of them, and in a loop."""
     for dtype, widths in ((torch.bfloat16, (128, 1024)), (torch.float32, ())):
-        for width in (*widths, layer_norm.WHOLE_ROW, layer_norm.WHOLE_ROW + 1000):
+        for width in (*widths, WHOLE_ROW, WHOLE_ROW + 1000):
             x = empty(64, width, dtype=dtype)
             vector = empty(width, dtype=dtype)
             number = empty(64, dtype=torch.float32)
@@ -73,6 +74,17 @@ def layer_norm_cases() -> Any:
             yield case, layer_norm.launch_forward, (x, vector, vector, 1e-5)
             yield case, layer_norm.launch_backward_input, (x, x, number, number, vector)
         yield str(dtype), layer_norm.launch_backward_weight, (x, x, number, number, dtype)
+
+
+def rms_norm_cases() -> Any:
+    """(name, function, arguments) in registers and in a loop, of the kernels that layer norm has too."""
+    for width in (1024, WHOLE_ROW, WHOLE_ROW + 1000):
+        x = empty(64, width, dtype=torch.bfloat16)
+        vector, number = empty(width, dtype=torch.float32), empty(64, dtype=torch.float32)
+        case = f"rms norm width {width}"
+        yield case, rms_norm.launch_forward, (x, vector, 1e-5)
+        yield case, rms_norm.launch_backward_input, (x, x, number, vector)
+    yield "rms norm", rms_norm.launch_backward_weight, (x, x, number, torch.float32)
 
 
 def linear_cases() -> Any:
@@ -116,8 +128,8 @@ def main(architecture: int) -> None:
         row |= {"shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
         print(json.dumps(row), flush=True)
 
-    layer_norm.launch = linear.launch = compile_only
-    for case, function, arguments in (*layer_norm_cases(), *linear_cases()):  # noqa: B007
+    norm.launch = linear.launch = compile_only
+    for case, function, arguments in (*layer_norm_cases(), *rms_norm_cases(), *linear_cases()):  # noqa: B007
         function(*arguments)
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.layer_norm import WHOLE_ROW, layer_norm
+from kernels.layer_norm import layer_norm
+from kernels.rows import WHOLE_ROW
 from tests.kernels.numerics.compare import DTYPE_NAMES, DTYPES, assert_as_good_as_torch
 
 EPS = 1e-5
