@@ -19,7 +19,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import launch, layer_norm, linear, norm, rms_norm
+from kernels import (
+    cross_entropy,
+    launch,
+    layer_norm,
+    linear,
+    norm,
+    pointwise_loss,
+    reduction,
+    rms_norm,
+)
 from kernels.rows import WHOLE_ROW
 
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -87,6 +96,26 @@ def rms_norm_cases() -> Any:
     yield "rms norm", rms_norm.launch_backward_weight, (x, x, number, torch.float32)
 
 
+def loss_cases() -> Any:
+    """Cross entropy in registers and in a loop, with and without smoothing; the losses of elements."""
+    for dtype, kind, smoothing in (
+        (torch.bfloat16, "mean", 0.0),
+        (torch.float32, "none", 0.1),
+        (torch.float32, "sum", 0.0),
+    ):
+        for classes in (10, 1000, WHOLE_ROW, WHOLE_ROW + 1000):
+            x, target = empty(64, classes, dtype=dtype), empty(64, dtype=torch.int64)
+            options = (kind, -100, smoothing)
+            case = f"cross entropy {dtype} {kind} {classes} classes"
+            loss, *statistics = cross_entropy.empty_forward(x, target, *options)
+            yield case, cross_entropy.launch_forward, (x, target, *options)
+            yield case, cross_entropy.launch_backward, (loss, x, target, *statistics, *options)
+        for code in (pointwise_loss.MSE, pointwise_loss.BCE):
+            loss = pointwise_loss.empty_forward(x, x, kind)
+            yield f"{dtype} {kind} {code}", pointwise_loss.launch_forward, (code, x, x, kind)
+            yield f"{dtype} {kind} {code}", pointwise_loss.launch_backward, (code, loss, x, x, kind)
+
+
 def linear_cases() -> Any:
     """Large and small tiles, every activation, every precision, the three products of training."""
     for dtype, activation, rows in (
@@ -129,7 +158,8 @@ def main(architecture: int) -> None:
         print(json.dumps(row), flush=True)
 
     norm.launch = linear.launch = compile_only
-    for case, function, arguments in (*layer_norm_cases(), *rms_norm_cases(), *linear_cases()):  # noqa: B007
+    cross_entropy.launch = pointwise_loss.launch = reduction.launch = compile_only
+    for case, function, arguments in (*layer_norm_cases(), *rms_norm_cases(), *loss_cases(), *linear_cases()):  # noqa: B007
         function(*arguments)
 
 

@@ -20,7 +20,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     allocate = torch.Tensor.new_empty
 
     def poisoned(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        return allocate(self, *arguments, **options).fill_(float("nan"))
+        made = allocate(self, *arguments, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
