@@ -1,29 +1,17 @@
 """Rewrites the forward ATen graph of a stage to use this package's operators.
 
-Patterns, each found by walking the graph once:
-
-    layer_norm over the last dimension                     -> gpp_kernels.layer_norm
-    linear whose only reader is relu, gelu or silu         -> gpp_kernels.linear with that activation
-
-A product without an activation stays with torch: its library's is faster and there is nothing to fuse. The
-report names every layer norm and linear node, with what became of it.
+Each pattern of `patterns` is looked for by walking the graph once. The report names every node that a pattern
+could have started at, with what became of it.
 """
 
 import copy
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from .layer_norm import check_forward as check_layer_norm
-from .layer_norm import layer_norm
 from .library import KERNEL_DTYPES
-from .linear import check_forward as check_linear
-from .linear import linear
-
-aten = torch.ops.aten
+from .patterns import PATTERNS, LeftAlone, Match
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +46,6 @@ class FuseReport:
         return "\n".join(lines)
 
 
-class _LeftAlone(Exception):
-    """Why a node does not fit its pattern."""
-
-
 def fuse(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, FuseReport]:
     """A copy of the graph with patterns replaced (parameters are shared, not copied), and what was done.
 
@@ -73,17 +57,17 @@ def fuse(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, FuseReport]:
     fused: list[Fused] = []
     left: list[Left] = []
     for node in list(result.graph.nodes):
-        pattern = _PATTERNS.get(node.target) if node.op == "call_function" else None
+        pattern = PATTERNS.get(node.target) if node.op == "call_function" else None
         if pattern is None:
             continue
         try:
-            fused.append(pattern(result, node))
-        except _LeftAlone as error:
+            fused.append(_replace(result, _checked(result, pattern(node))))
+        except LeftAlone as error:
             left.append(Left(node.name, str(node.target), str(error)))
     for path, module in graph_module.named_modules():
         if path and isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
-                if node.op == "call_function" and node.target in _PATTERNS:
+                if node.op == "call_function" and node.target in PATTERNS:
                     reason = f"it is inside the sub-graph {path}"
                     left.append(Left(f"{path}.{node.name}", str(node.target), reason))
     result.graph.lint()
@@ -91,79 +75,24 @@ def fuse(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, FuseReport]:
     return result, FuseReport(tuple(fused), tuple(left))
 
 
-def _fuse_layer_norm(module: fx.GraphModule, node: fx.Node) -> Fused:
-    given = _arguments(node)
-    arguments = tuple(given[key] for key in ("input", "weight", "bias", "eps"))
-    if len(given["normalized_shape"]) != 1:
-        raise _LeftAlone(f"it normalises {len(given['normalized_shape'])} dimensions, the operator one")
-    _check(module, node, check_layer_norm, arguments)
-    return _replace(module, (node,), layer_norm, arguments)
+def _checked(module: fx.GraphModule, match: Match) -> Match:
+    """The match; raise LeftAlone with the reason for which its operator would refuse the arguments.
 
-
-def _fuse_linear(module: fx.GraphModule, node: fx.Node) -> Fused:
-    given = _arguments(node)
-    readers = list(node.users)
-    if len(readers) != 1:
-        raise _LeftAlone(f"{len(readers)} nodes read its output, an activation must be the only one")
-    activation = _activation(readers[0])
-    if activation is None:
-        raise _LeftAlone(f"no activation follows but {readers[0].name}: a plain product stays with torch")
-    arguments = (given["input"], given["weight"], given["bias"], activation)
-    _check(module, node, check_linear, arguments)
-    return _replace(module, (node, readers[0]), linear, arguments)
-
-
-_PATTERNS: Mapping[Any, Callable[[fx.GraphModule, fx.Node], Fused]] = {
-    aten.layer_norm.default: _fuse_layer_norm,
-    aten.linear.default: _fuse_linear,
-}
-
-
-def _activation(node: fx.Node) -> str | None:
-    """The operator's name for an activation; in-place ones count, nothing else reads what they overwrite."""
-    if node.target in (aten.relu.default, aten.relu_.default):
-        return "relu"
-    if node.target in (aten.silu.default, aten.silu_.default):
-        return "silu"
-    if node.target in (aten.gelu.default, aten.gelu_.default):
-        return "gelu_tanh" if _arguments(node)["approximate"] == "tanh" else "gelu_erf"
-    return None
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, with the schema's defaults."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    bound: dict[str, Any] = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args):
-            bound[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value
-    return bound
-
-
-def _check(
-    module: fx.GraphModule, node: fx.Node, check: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
-    """Raise _LeftAlone with the reason for which the operator would refuse the arguments.
-
-    The node's own value must be known. Arguments whose values are not (placeholders often have none) are
-    taken to fit, since ATen took them.
+    The first node's own value must be known. Arguments whose values are not (placeholders often have none)
+    are taken to fit, since ATen took them.
     """
-    made = node.meta.get("val")
+    made = match.nodes[0].meta.get("val")
     if not isinstance(made, Tensor):
-        raise _LeftAlone("its shape and dtype are not known")
+        raise LeftAlone("its shape and dtype are not known")
     if made.dtype not in KERNEL_DTYPES:
-        raise _LeftAlone(f"its dtype is {made.dtype}, the kernels compute in float32")
-    values = [_value(module, a) if isinstance(a, fx.Node) else a for a in arguments]
-    if any(value is _UNKNOWN for value in values):
-        return
-    try:
-        check(*values)
-    except (TypeError, ValueError) as error:
-        raise _LeftAlone(str(error)) from None
+        raise LeftAlone(f"its dtype is {made.dtype}, the kernels compute in float32")
+    values = [_value(module, a) if isinstance(a, fx.Node) else a for a in match.arguments]
+    if not any(value is _UNKNOWN for value in values):
+        try:
+            match.check(*values)
+        except (TypeError, ValueError) as error:
+            raise LeftAlone(str(error)) from None
+    return match
 
 
 _UNKNOWN = object()
@@ -179,17 +108,13 @@ def _value(module: fx.GraphModule, node: fx.Node) -> Any:
     return value if isinstance(value, Tensor) else _UNKNOWN
 
 
-def _replace(
-    module: fx.GraphModule,
-    nodes: tuple[fx.Node, ...],
-    operator: torch._ops.OpOverload,
-    arguments: tuple[Any, ...],
-) -> Fused:
-    """Put one call where the chain `nodes` starts: only its first node reads from outside."""
-    with module.graph.inserting_before(nodes[0]):
-        call = module.graph.call_function(operator, arguments)
-    call.meta.update(nodes[-1].meta)
-    nodes[-1].replace_all_uses_with(call)
-    for node in reversed(nodes):
+def _replace(module: fx.GraphModule, match: Match) -> Fused:
+    """Put one call where the chain starts."""
+    first, last = match.nodes[0], match.nodes[-1]
+    with module.graph.inserting_before(first):
+        call = module.graph.call_function(match.operator, match.arguments)
+    call.meta.update(last.meta)
+    last.replace_all_uses_with(call)
+    for node in reversed(match.nodes):
         module.graph.erase_node(node)
-    return Fused(str(operator), tuple(node.name for node in nodes))
+    return Fused(str(match.operator), tuple(node.name for node in match.nodes))

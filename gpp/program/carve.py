@@ -113,6 +113,8 @@ def carve(
         node = graph.placeholder(label)
         if source is not None:
             made[nodes[source]] = node
+            if "val" in nodes[source].meta:  # what a rewrite of the graph may have to know
+                node.meta["val"] = nodes[source].meta["val"]
 
     for i, name in enumerate(parameters):
         placeholder(f"parameter_{i}", by_parameter.get(name))

@@ -1,10 +1,13 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gpp.capture.capture import capture
+from gpp.program.carve import carve, interface
 from kernels.fuse import Fused, fuse
 
 functional = nn.functional
@@ -111,6 +114,77 @@ def test_bfloat16_is_fused() -> None:
     torch.testing.assert_close(fused(x), plain(x))
 
 
+class Losses(nn.Module):
+    """Every loss and norm that is a pattern, as plain modules make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(5)
+        self.other = nn.RMSNorm(5, eps=1e-3, elementwise_affine=False)
+        self.classes = nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=1)
+        self.binary = nn.BCEWithLogitsLoss()
+        self.squares = nn.MSELoss(reduction="sum")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.norm(x) + self.other(x)
+        labels = functional.one_hot(y, 5).float()
+        likely = functional.cross_entropy(z, y, reduction="none").mean()
+        return self.classes(z, y) + self.binary(z, labels) + self.squares(z, x) + likely
+
+
+def test_losses_and_rms_norms_keep_their_numbers() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5), torch.randint(5, (6,))
+    batch = torch.export.Dim("batch")
+    exported_program = torch.export.export(Losses(), (x, y), dynamic_shapes=({0: batch}, {0: batch}))
+    plain = exported_program.module()
+    assert isinstance(plain, torch.fx.GraphModule)
+    fused, report = fuse(plain)
+    assert [item.operator.split(".")[1] for item in report.fused] == [
+        "rms_norm",
+        "rms_norm",
+        "cross_entropy",
+        "cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "mse_loss",
+    ]
+    assert not report.left
+    x, y = torch.randn(9, 5, requires_grad=True), torch.randint(5, (9,))
+    expected, got = plain(x, y), fused(x, y)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(
+        *(torch.autograd.grad(t, (x, *plain.parameters())) for t in (got, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_half_precision_rms_norm_has_torchs_default_eps() -> None:
+    plain = exported(nn.RMSNorm(8), 4, 8, dtype=torch.bfloat16)
+    fused, report = fuse(plain)
+    x = torch.randn(3, 8, dtype=torch.bfloat16) * 1e-3  # so small that eps decides
+    assert len(report.fused) == 1 and torch.equal(fused(x), plain(x))
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return functional.cross_entropy(self.layers(x), y)
+
+
+def test_the_loss_of_a_captured_stage_is_fused() -> None:
+    captured = capture(Classifier(), {"x": torch.randn(4, 8), "y": torch.randint(5, (4,))})
+    mode = captured.traced.train
+    operators = [operator.name for operator in captured.graph.operators]
+    face = interface(mode, operators)
+    stage = carve(mode, operators, 4, face.parameters, face.buffers, device=torch.device("cpu"))
+    _, report = fuse(stage)
+    assert [item.operator.split(".")[1] for item in report.fused] == ["rms_norm", "cross_entropy"]
+    assert [item.target for item in report.left] == ["aten.linear.default"] * 2
+
+
 class TwoReaders(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -147,6 +221,61 @@ def test_what_does_not_fit_is_left(
     assert not report.fused and len(report.left) == 1
     assert reason in report.left[0].reason
     assert str(fused.graph) == str(plain.graph)
+
+
+X, LABEL = torch.randn(4, 5), torch.randint(5, (4,))
+LEFT_LOSSES: list[tuple[Callable[[], torch.fx.GraphModule], str]] = [
+    (
+        lambda: traced(lambda x, y: functional.cross_entropy(x, y, weight=x[0]), X, LABEL),
+        "it has a weight, the operator none",
+    ),
+    (
+        lambda: traced(lambda x, y: functional.cross_entropy(x[..., None], y[..., None]), X, LABEL),
+        "its classes are dimension 1 of 3, the operator takes the last",
+    ),
+    (
+        lambda: traced(lambda x, y: functional.cross_entropy(x, y), X, X.softmax(-1)),
+        "cross_entropy: target must be torch.int64 or torch.int32",
+    ),
+    (
+        lambda: traced(
+            lambda x, y: functional.binary_cross_entropy_with_logits(x, y, pos_weight=x[0]), X, X.sigmoid()
+        ),
+        "it has a pos_weight, the operator none",
+    ),
+    (
+        lambda: traced(lambda x, y: functional.mse_loss(x, y), X, X.half()),
+        "mse_loss: target must be torch.float32",
+    ),
+    (
+        lambda: traced(lambda x, y: torch.ops.aten.mse_loss(x, y), X, X[:1]),
+        "mse_loss: target must have input's shape (4, 5)",
+    ),
+    (
+        lambda: traced(lambda x, y: functional.rms_norm(x.view(2, 2, 5), (2, 5)), X, X),
+        "it normalises 2 dimensions, the operator one",
+    ),
+]
+
+
+def traced(function: Callable[..., Tensor], *inputs: Tensor) -> torch.fx.GraphModule:
+    module = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*inputs)
+    assert isinstance(module, torch.fx.GraphModule)
+    return module
+
+
+@pytest.mark.parametrize("make, reason", LEFT_LOSSES, ids=[case[1][:30] for case in LEFT_LOSSES])
+def test_losses_that_do_not_fit_are_left(make: Callable[[], torch.fx.GraphModule], reason: str) -> None:
+    plain = make()
+    fused, report = fuse(plain)
+    assert not report.fused and [item.reason.partition(reason)[1] for item in report.left] == [reason]
+    assert str(fused.graph) == str(plain.graph)
+
+
+def test_a_loss_of_an_unknown_target_is_left() -> None:
+    plain = traced(lambda x, y: functional.cross_entropy(x, y), X, LABEL)
+    next(n for n in plain.graph.nodes if n.name == "y_1").meta.pop("val")
+    assert fuse(plain)[1].left[0].reason == "the shape and dtype of y_1 are not known"
 
 
 def test_a_node_of_unknown_shape_is_left() -> None:
