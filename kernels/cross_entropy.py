@@ -206,7 +206,6 @@ def launch_backward(
     classes = logits.shape[-1]
     rows = as_rows(logits, classes)
     how = configuration(classes)
-    per_row = reduction == "none"
     launch(
         cross_entropy_backward_kernel,
         (blocks(rows.shape[0], how.rows), blocks(classes, how.width)),
@@ -219,7 +218,7 @@ def launch_backward(
         dlogits,
         rows.shape[0],
         classes,
-        int(per_row),
+        int(reduction == "none"),
         rows.stride(0),
         ignore_index,
         label_smoothing,
@@ -333,8 +332,7 @@ def check_backward(
     total: Tensor,
     count: Tensor,
     reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
+    *_: Any,
 ) -> None:
     """dloss is like the loss, the statistics are the forward's."""
     name = "cross_entropy_backward"

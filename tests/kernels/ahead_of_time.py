@@ -98,12 +98,8 @@ def rms_norm_cases() -> Any:
 
 def loss_cases() -> Any:
     """Cross entropy in registers and in a loop, with and without smoothing; the losses of elements."""
-    for dtype, kind, smoothing in (
-        (torch.bfloat16, "mean", 0.0),
-        (torch.float32, "none", 0.1),
-        (torch.float32, "sum", 0.0),
-    ):
-        for classes in (10, 1000, WHOLE_ROW, WHOLE_ROW + 1000):
+    for dtype, kind, smoothing in ((torch.bfloat16, "mean", 0.0), (torch.float32, "none", 0.1)):
+        for classes in (10, WHOLE_ROW, WHOLE_ROW + 1000):
             x, target = empty(64, classes, dtype=dtype), empty(64, dtype=torch.int64)
             options = (kind, -100, smoothing)
             case = f"cross entropy {dtype} {kind} {classes} classes"
@@ -112,8 +108,9 @@ def loss_cases() -> Any:
             yield case, cross_entropy.launch_backward, (loss, x, target, *statistics, *options)
         for code in (pointwise_loss.MSE, pointwise_loss.BCE):
             loss = pointwise_loss.empty_forward(x, x, kind)
-            yield f"{dtype} {kind} {code}", pointwise_loss.launch_forward, (code, x, x, kind)
-            yield f"{dtype} {kind} {code}", pointwise_loss.launch_backward, (code, loss, x, x, kind)
+            case = f"loss {code} {dtype} {kind}"
+            yield case, pointwise_loss.launch_forward, (code, x, x, kind)
+            yield case, pointwise_loss.launch_backward, (code, loss, x, x, kind)
 
 
 def linear_cases() -> Any:

@@ -112,8 +112,3 @@ def test_rows_do_not_depend_on_how_many_there_are(device: str) -> None:
     assert torch.equal(ours(x), whole)
     for size in (1, 8, 36):
         assert torch.equal(torch.cat([ours(part) for part in x.split(size)]), whole)
-
-
-def test_many_groups_of_rows_are_summed(device: str) -> None:
-    x, dy = (random(1100, 3, dtype=torch.float32, device=device, seed=s) for s in (0, 1))
-    assert_as_good_as_torch(ours, torchs, (x, random(3, dtype=x.dtype, device=device, seed=2)), dy)
