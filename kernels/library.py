@@ -49,17 +49,24 @@ def register(
     return overload
 
 
-def register_autograd(operator: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
+def register_autograd(
+    operator: torch._ops.OpOverload, function: type[torch.autograd.Function] | Callable[..., Any]
+) -> None:
     """Let `function`, which takes the operator's arguments, carry its gradient.
 
+    Autograd does not look into lists of tensors: an operator that has some gives a plain function, which
+    applies one of autograd to the tensors.
     The function may call other operators in its forward, so it saves what backward needs and the operator
     itself, run without gradients, computes nothing to save.
     """
 
+    apply: Callable[..., Any] = getattr(function, "apply", function)
+
     def differentiable(*arguments: Any) -> Any:
-        wanted = any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        flat = (item for a in arguments for item in (a if isinstance(a, list | tuple) else (a,)))
+        wanted = any(isinstance(item, Tensor) and item.requires_grad for item in flat)
         if torch.is_grad_enabled() and wanted:
-            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+            return apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 

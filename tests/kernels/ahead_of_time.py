@@ -20,7 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from kernels import (
+    bag_sums,
     cross_entropy,
+    embedding_bag,
+    embedding_bag_gradient,
+    interaction,
     launch,
     layer_norm,
     linear,
@@ -141,6 +145,44 @@ def linear_cases() -> Any:
     yield "tf32 gelu_erf", linear.launch_forward_keeping, (x, weight, empty(4096, dtype=dtype), activation)
 
 
+def embedding_bag_cases() -> Any:
+    """The paper's seven tables, ragged bags of one table, and the three forms of the gradient."""
+    for dtype, tables, width, mode, ragged in (
+        (torch.bfloat16, 7, 64, "sum", False),
+        (torch.float32, 1, 128, "mean", True),
+        (torch.float16, 32, 20, "mean", False),
+    ):
+        weights = [empty(10**6, width, dtype=dtype)] * tables
+        shape, offsets = ((1000,), [empty(64, dtype=torch.int64)] * tables) if ragged else ((64, 100), [])
+        bags = ([empty(*shape, dtype=torch.int64)] * tables, offsets)
+        dy = empty(tables, 64, width, dtype=dtype)
+        case = f"{dtype} {tables} tables of {width} {mode}"
+        yield case, embedding_bag.launch_forward, (weights, *bags, mode, False, False)
+        rows = [10**6] * tables
+        yield f"{case} dense", embedding_bag_gradient.launch_dense, (dy, *bags, rows, mode, False)
+        if dtype != torch.float16:
+            yield f"{case} sparse", embedding_bag_gradient.launch_sparse, (dy, *bags, rows, mode, False)
+            sums = [empty(10**6, width, dtype=torch.float32)] * tables
+            yield f"{case} add", embedding_bag_gradient.launch_accumulate, (sums, dy, *bags, mode, False)
+
+
+def interaction_cases() -> Any:
+    """The smallest tile, the one of 27 features and the largest, which is also that of more features."""
+    for dtype, features, width in (
+        (torch.bfloat16, 9, 64),
+        (torch.bfloat16, 27, 128),
+        (torch.bfloat16, 100, 128),
+        (torch.float16, 27, 64),
+        (torch.float32, 27, 128),
+        (torch.float32, 100, 64),
+    ):
+        x = empty(1024, features, width, dtype=dtype)
+        dy = empty(1024, interaction.out_width(x, 1), dtype=dtype)
+        case = f"{dtype} {features} features of {width}"
+        yield case, interaction.launch_forward, (x, 1)
+        yield case, interaction.launch_backward, (dy, x, 1)
+
+
 def main(architecture: int) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     assert not launch.INTERPRETED, "compile in a process where TRITON_INTERPRET is not set"
@@ -154,9 +196,12 @@ def main(architecture: int) -> None:
         row |= {"shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
         print(json.dumps(row), flush=True)
 
-    norm.launch = linear.launch = compile_only
-    cross_entropy.launch = pointwise_loss.launch = reduction.launch = compile_only
-    for case, function, arguments in (*layer_norm_cases(), *rms_norm_cases(), *loss_cases(), *linear_cases()):  # noqa: B007
+    with_launches = (norm, linear, cross_entropy, pointwise_loss, reduction, embedding_bag, bag_sums, interaction)
+    for module in with_launches:
+        module.launch = compile_only
+    norms = (*layer_norm_cases(), *rms_norm_cases(), *loss_cases())
+    everything = (*norms, *embedding_bag_cases(), *interaction_cases(), *linear_cases())
+    for case, function, arguments in everything:  # noqa: B007
         function(*arguments)
 
 

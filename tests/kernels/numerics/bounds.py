@@ -26,7 +26,8 @@ def check_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     take = interpreter.GridExecutor._init_args_hst
 
     def remember(self: Any, positional: Any, keywords: Any) -> Any:
-        allowed[:] = [extent(a) for a in (*positional, *keywords.values()) if isinstance(a, torch.Tensor)]
+        given = [a if isinstance(a, tuple) else (a,) for a in (*positional, *keywords.values())]
+        allowed[:] = [extent(a) for group in given for a in group if isinstance(a, torch.Tensor)]
         return take(self, positional, keywords)
 
     def check(action: str, pointers: Any, mask: Any) -> None:

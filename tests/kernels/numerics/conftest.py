@@ -1,4 +1,4 @@
-"""Every kernel test: memory that nobody wrote is not-a-number, and the interpreter checks each address."""
+"""Every kernel test: unwritten memory holds no sensible number, and the interpreter checks each address."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         made = allocate(self, *arguments, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        return made.fill_(float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).min)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
