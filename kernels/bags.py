@@ -43,7 +43,7 @@ def bag_bounds(
     here = (bag >= 0) & (bag < bags)
     if HAS_OFFSETS:
         offset_ptr = pick(offsets, table, TABLES)
-        count = pick(counts, table, TABLES)
+        count = pick(counts, table, TABLES) // 2 - 1
         start = tl.load(offset_ptr + bag, mask=here, other=0).to(tl.int64)
         stop = tl.load(offset_ptr + bag + 1, mask=here & (bag + 1 < entries), other=0).to(tl.int64)
         stop = tl.minimum(tl.where(bag + 1 < entries, stop, count), count)
@@ -63,6 +63,14 @@ def count_bags(indices: Sequence[Tensor], offsets: Sequence[Tensor], include_las
     for size in indices[0].shape[:-1]:
         count *= size
     return count
+
+
+def varying(numbers: Sequence[int]) -> tuple[int, ...]:
+    """n as 2 n + 3, for numbers in tuples that change from call to call; `// 2 - 1` in a kernel gives n.
+
+    Triton compiles a kernel anew for 1 and for multiples of 16, in tuples whatever `do_not_specialize` says.
+    """
+    return tuple(2 * number + 3 for number in numbers)
 
 
 def flat(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .bags import GROUP, bag_bounds, check_bags, count_bags, flat, pick, wide_dtype
+from .bags import GROUP, bag_bounds, check_bags, count_bags, flat, pick, varying, wide_dtype
 from .embedding_bag_gradient import embedding_bag_backward_sparse, embedding_bag_backward_weight
 from .launch import blocks, launch, power_of_two
 from .library import as_rows, check_dtype, check_tensors, register, register_autograd, require
@@ -108,7 +108,7 @@ def launch_forward(
             tuple(table.shape[0] for table in tables),
             flat(indices[group]),
             flat(offsets[group]),
-            tuple(index.numel() for index in indices[group]),
+            varying([index.numel() for index in indices[group]]),
             bags,
             offsets[0].shape[0] if offsets else 0,
             size,
