@@ -79,12 +79,42 @@ def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
     assert [row for row in products if row["wgmma"] == 0] == []
 
 
+def test_any_number_of_samples_and_places_runs_the_same_compiled_kernels() -> None:
+    code = """
+import torch, triton
+from tests.kernels.ahead_of_time import NoDevice, empty
+from kernels import bag_sums, embedding_bag, embedding_bag_gradient, interaction
+triton.runtime.driver.set_active(NoDevice(90))
+compiled = set()
+def compile_only(kernel, grid, *arguments, **options):
+    compiled.add((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options).hash))
+bag_sums.launch = embedding_bag.launch = interaction.launch = compile_only
+for samples, places in ((16, 1000), (33, 999), (100, 4096)):
+    indices = [empty(places + table, dtype=torch.int64) for table in range(2)]
+    bags = (indices, [empty(samples, dtype=torch.int64)] * 2)
+    embedding_bag.launch_forward([empty(10, 64, dtype=torch.float32)] * 2, *bags, "sum", False, False)
+    dy = empty(2, samples, 64, dtype=torch.float32)
+    embedding_bag_gradient.launch_dense(dy, *bags, [10, 10], "sum", False)
+    x = empty(samples, 9, 64, dtype=torch.bfloat16)
+    interaction.launch_backward(interaction.launch_forward(x, 1), x, 1)
+print(*sorted(name for name, _ in compiled))
+"""
+    assert python("-c", code, interpret=False).split() == [
+        "bag_forward_kernel",
+        "bag_join_kernel",
+        "bag_key_kernel",
+        "bag_sum_kernel",
+        "interaction_backward_kernel",
+        "interaction_forward_kernel",
+    ]
+
+
 def test_import_needs_no_device() -> None:
     code = """
 import sys, torch, triton
 def refuse(*_): raise AssertionError("a driver was asked for")
 type(triton.runtime.driver).active = property(refuse)
-import kernels.fuse
+import kernels.fuse, kernels.embedding_bag, kernels.interaction
 from kernels.linear import linear
 print(linear(torch.ones(2, 3), torch.ones(4, 3), None, "relu").sum().item())
 assert not torch.cuda.is_initialized() and not any(m.startswith("gpp.") for m in sys.modules)
