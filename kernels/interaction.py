@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from .bags import wide_dtype
 from .launch import blocks, launch, power_of_two
 from .library import check_dtype, check_tensors, register, register_autograd, require
-from .linear import precision
+from .product import precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,15 @@
 
     dz = dy * activation'(z),   dx = dz weight,   dweight = dz^T x,   dbias = sum over rows of dz
 
-Each gradient is an operator of its own, so a graph that needs one does not run the others; dz is shared. What
-forward keeps for backward besides x and weight: nothing without an activation, y itself for relu, z for the
-smooth ones. Products accumulate in float32, in blocks of the inner dimension in their order and never split
-over programs: a row of y does not depend on how many rows there are, and no result on timing.
+Each gradient is an operator of its own, so a graph that needs one does not run the others; dz is shared. That
+of weights can be added in place to its sum over micro-batches, in float32 whatever dz and x are. What forward
+keeps for backward besides x and weight: nothing without an activation, y itself for relu, z for the smooth
+ones. How products are made: `product`.
 """
 
 # Kernel parameters have no Python types: mypy sees the functions that a host calls.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,102 +24,16 @@ from torch.autograd.function import once_differentiable
 from .activation import (
     ACTIVATIONS,
     NEEDS_PREACTIVATION,
-    activate,
     differentiate,
     reference_activate,
     reference_differentiate,
 )
 from .launch import blocks, launch
 from .library import as_rows, check_dtype, check_tensors, register, register_autograd, require
+from .product import matrix, product
 
 SUM_ROWS, SUM_COLUMNS, SUM_GROUPS = 16, 128, 64  # tile of the sum over rows, and its most parts
 POINTWISE_ROWS, POINTWISE_COLUMNS = 8, 128
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Rows and columns of the result that one program computes, `inner` elements of the sum at a time."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-
-def configuration(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    """A function of the result's shape and the dtype; `inner` depends on the dtype alone.
-
-    Large tiles take 8 warps: with 4 an epilogue with GELU does not fit in their registers.
-    """
-    if dtype.itemsize > 2:
-        return Tile(64, 64, 32, 4, 3)
-    if blocks(rows, 128) * blocks(columns, 128) < 64:
-        return Tile(64, 64, 64, 4, 4)
-    return Tile(128, 128, 64, 8, 3)
-
-
-def precision() -> str:
-    """How float32 products are made: TF32 only where the user allowed it for torch's own."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-@triton.jit(do_not_specialize=["rows"])
-def product_kernel(
-    a_ptr,
-    b_ptr,
-    bias_ptr,
-    out_ptr,
-    z_ptr,
-    rows,
-    columns,
-    inner,
-    a_stride,
-    a_inner_stride,
-    b_stride,
-    b_inner_stride,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEEP_Z: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """out[r, c] = activation(sum over i of a[r, i] b[c, i] + bias[c]), one tile; the strides are free.
-
-    Eight blocks of rows share their columns before the next ones come, for the sake of the cache.
-    """
-    row_blocks = tl.cdiv(rows, ROWS)
-    band = 8 * tl.cdiv(columns, COLUMNS)
-    first = tl.program_id(0) // band * 8
-    height = min(row_blocks - first, 8)
-    row_block = first + tl.program_id(0) % band % height
-    column_block = tl.program_id(0) % band // height
-
-    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = column_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    step = tl.arange(0, INNER)
-    a = a_ptr + row[:, None] * a_stride + step.to(tl.int64)[None, :] * a_inner_stride
-    b = b_ptr + column[None, :] * b_stride + step.to(tl.int64)[:, None] * b_inner_stride
-    a_jump = tl.cast(a_inner_stride, tl.int64) * INNER
-    b_jump = tl.cast(b_inner_stride, tl.int64) * INNER
-    z = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for block in range(0, tl.cdiv(inner, INNER)):
-        left = inner - block * INNER
-        a_tile = tl.load(a, mask=(row < rows)[:, None] & (step < left)[None, :], other=0.0)
-        b_tile = tl.load(b, mask=(column < columns)[None, :] & (step < left)[:, None], other=0.0)
-        z = tl.dot(a_tile, b_tile, z, input_precision=PRECISION)
-        a += a_jump
-        b += b_jump
-
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    offset = row[:, None] * columns + column[None, :]
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    if KEEP_Z:
-        tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + offset, activate(z, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -163,49 +76,10 @@ def column_sum_kernel(
     tl.store(out, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _product(
-    a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, activation: str = "none", z: Tensor | None = None
-) -> None:
-    """out = activation(a b^T + bias) for a [rows, inner], b [columns, inner]; z gets the pre-activation."""
-    (rows, inner), columns = a.shape, b.shape[0]
-    tile = configuration(rows, columns, a.dtype)
-    launch(
-        product_kernel,
-        (blocks(rows, tile.rows) * blocks(columns, tile.columns),),
-        a,
-        b,
-        out if bias is None else bias.contiguous(),
-        out,
-        out if z is None else z,
-        rows,
-        columns,
-        inner,
-        *a.stride(),
-        *b.stride(),
-        ACTIVATION=ACTIVATIONS.index(activation),
-        HAS_BIAS=bias is not None,
-        KEEP_Z=z is not None,
-        PRECISION=precision(),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """All leading dimensions as one; strides are kept wherever torch can."""
-    count = 1
-    for size in tensor.shape[:-1]:
-        count *= size
-    return tensor.reshape(count, tensor.shape[-1])
-
-
 def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """y alone."""
     y = empty_forward(x, weight, bias, activation)
-    _product(_matrix(x), weight, bias, y, activation)
+    product(matrix(x), weight, bias, y, activation)
     return y
 
 
@@ -214,7 +88,7 @@ def launch_forward_keeping(
 ) -> tuple[Tensor, Tensor]:
     """(y, z)."""
     y, z = empty_forward_keeping(x, weight, bias, activation)
-    _product(_matrix(x), weight, bias, y, activation, z)
+    product(matrix(x), weight, bias, y, activation, z)
     return y, z
 
 
@@ -244,15 +118,23 @@ def launch_backward_activation(dy: Tensor, saved: Tensor, activation: str) -> Te
 def launch_backward_input(dz: Tensor, weight: Tensor) -> Tensor:
     """dx."""
     dx = empty_backward_input(dz, weight)
-    _product(_matrix(dz), weight.t(), None, dx)
+    product(matrix(dz), weight.t(), None, dx)
     return dx
 
 
 def launch_backward_weight(dz: Tensor, x: Tensor) -> Tensor:
     """dweight."""
     dweight = empty_backward_weight(dz, x)
-    _product(_matrix(dz).t(), _matrix(x).t(), None, dweight)
+    product(matrix(dz).t(), matrix(x).t(), None, dweight)
     return dweight
+
+
+def launch_accumulate_weight(total: Tensor, dz: Tensor, x: Tensor) -> None:
+    """total += dweight. Where nothing is widened that is a plain product, for which torch has libraries."""
+    if dz.dtype == total.dtype:
+        total.addmm_(matrix(dz).t(), matrix(x))
+    else:
+        product(matrix(dz).t(), matrix(x).t(), None, total, add=True)
 
 
 def launch_backward_bias(dz: Tensor) -> Tensor:
@@ -324,17 +206,22 @@ def reference_forward_keeping(
 
 def reference_backward_input(dz: Tensor, weight: Tensor) -> Tensor:
     """dx in ATen."""
-    return torch.mm(_matrix(dz), weight).view((*dz.shape[:-1], weight.shape[1]))
+    return torch.mm(matrix(dz), weight).view((*dz.shape[:-1], weight.shape[1]))
 
 
 def reference_backward_weight(dz: Tensor, x: Tensor) -> Tensor:
     """dweight in ATen."""
-    return torch.mm(_matrix(dz).t(), _matrix(x))
+    return torch.mm(matrix(dz).t(), matrix(x))
+
+
+def reference_accumulate_weight(total: Tensor, dz: Tensor, x: Tensor) -> None:
+    """total += dweight in ATen, not rounded in between."""
+    total.addmm_(matrix(dz).t().to(total.dtype), matrix(x).to(total.dtype))
 
 
 def reference_backward_bias(dz: Tensor) -> Tensor:
     """dbias in ATen."""
-    return _matrix(dz).sum(0)
+    return matrix(dz).sum(0)
 
 
 def check_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -387,6 +274,19 @@ def check_backward_weight(dz: Tensor, x: Tensor) -> None:
     check_dtype(name, "x", x, dz.dtype)
 
 
+def check_accumulate_weight(total: Tensor, dz: Tensor, x: Tensor) -> None:
+    """total [columns, inner] of float32, or of dz's dtype, contiguous."""
+    name = "linear_accumulate_weight"
+    check_tensors(name, dz=dz, x=x, total=total)
+    rule = f"have dz's leading shape {tuple(dz.shape[:-1])}"
+    require(x.shape[:-1] == dz.shape[:-1], name, "x", rule, tuple(x.shape))
+    check_dtype(name, "x", x, dz.dtype)
+    shape = (dz.shape[-1], x.shape[-1])
+    require(tuple(total.shape) == shape, name, "total", f"have shape {shape}", tuple(total.shape))
+    require(total.is_contiguous(), name, "total", "be contiguous", total.stride())
+    check_dtype(name, "total", total, torch.float32, *([torch.float64] if dz.dtype == torch.float64 else []))
+
+
 def check_backward_bias(dz: Tensor) -> None:
     """Any floating dz."""
     check_tensors("linear_backward_bias", dz=dz)
@@ -432,6 +332,13 @@ linear_backward_weight = register(
     kernel=launch_backward_weight,
     reference=reference_backward_weight,
     fake=empty_backward_weight,
+)
+linear_accumulate_weight = register(
+    "linear_accumulate_weight(Tensor(a!) total, Tensor dz, Tensor x) -> ()",
+    check=check_accumulate_weight,
+    kernel=launch_accumulate_weight,
+    reference=reference_accumulate_weight,
+    fake=lambda *_: None,
 )
 linear_backward_bias = register(
     "linear_backward_bias(Tensor dz) -> Tensor",

@@ -30,6 +30,7 @@ from kernels import (
     linear,
     norm,
     pointwise_loss,
+    product,
     reduction,
     rms_norm,
 )
@@ -140,6 +141,9 @@ def linear_cases() -> Any:
         if activation == "none" or dtype == torch.float32:
             yield case, linear.launch_backward_input, (dz, weight)
             yield case, linear.launch_backward_weight, (dz, x)
+            total = empty(4096, 1024, dtype=torch.float32)
+            if dtype != torch.float32:
+                yield case, linear.launch_accumulate_weight, (total, dz, x)
             yield case, linear.launch_backward_bias, (dz,)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield "tf32 gelu_erf", linear.launch_forward_keeping, (x, weight, empty(4096, dtype=dtype), activation)
@@ -196,7 +200,8 @@ def main(architecture: int) -> None:
         row |= {"shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
         print(json.dumps(row), flush=True)
 
-    with_launches = (norm, linear, cross_entropy, pointwise_loss, reduction, embedding_bag, bag_sums, interaction)
+    losses = (cross_entropy, pointwise_loss, reduction)
+    with_launches = (norm, linear, product, *losses, embedding_bag, bag_sums, interaction)
     for module in with_launches:
         module.launch = compile_only
     norms = (*layer_norm_cases(), *rms_norm_cases(), *loss_cases())

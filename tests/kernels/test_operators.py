@@ -10,8 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels.activation import ACTIVATIONS, NEEDS_PREACTIVATION
 from kernels.layer_norm import layer_norm, layer_norm_forward
-from kernels.linear import configuration as linear_configuration
-from kernels.linear import linear, precision
+from kernels.linear import linear
+from kernels.product import configuration as linear_configuration
+from kernels.product import precision
 
 functional = torch.nn.functional
 ops = torch.ops.gpp_kernels
@@ -71,6 +72,19 @@ def test_layer_norm_passes_opcheck() -> None:
     _, mean, rstd = layer_norm_forward(x, weight, bias, 1e-5)
     torch.library.opcheck(ops.layer_norm_backward_input.default, (x, x, mean, rstd, weight))
     torch.library.opcheck(ops.layer_norm_backward_weight.default, (x, x, mean, rstd, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_added_in_place(dtype: torch.dtype) -> None:
+    total, dz, x = (leaf(*shape, dtype=dtype).detach() for shape in ((6, 8), (4, 3, 6), (4, 3, 8)))
+    total = total.float()
+    torch.library.opcheck(ops.linear_accumulate_weight.default, (total, dz, x))
+    before = total.clone()
+    ops.linear_accumulate_weight(total, dz, x)
+    expected = before.double() + dz.double().view(12, 6).t() @ x.double().view(12, 8)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(TypeError, match=r"linear_accumulate_weight: total must be torch\.float32"):
+        ops.linear_accumulate_weight(total.half(), dz, x)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

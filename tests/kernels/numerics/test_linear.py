@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from kernels.activation import ACTIVATIONS
-from kernels.linear import configuration, linear
+from kernels.linear import linear
+from kernels.product import configuration
 from tests.kernels.numerics.compare import DTYPE_NAMES, DTYPES, assert_as_good_as_torch
 
 functional = torch.nn.functional
@@ -53,7 +54,7 @@ def test_shapes(rows: int, inner: int, columns: int, device: str) -> None:
 def test_large_tile(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     large = configuration(4096, 4096, torch.bfloat16)
     assert (large.rows, large.columns) == (128, 128)
-    monkeypatch.setattr("kernels.linear.configuration", lambda *_: large)
+    monkeypatch.setattr("kernels.product.configuration", lambda *_: large)
     x = random(150, 72, dtype=torch.bfloat16, device=device)
     weight = random(140, 72, dtype=torch.bfloat16, device=device, seed=1)
     bias = random(140, dtype=torch.bfloat16, device=device, seed=2)
@@ -106,3 +107,23 @@ def test_extreme_values(activation: str, device: str) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
     (expected_dx,) = torch.autograd.grad(expected.sum(), exact)
     torch.testing.assert_close(dx[:5].double(), expected_dx[:5], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES)
+def test_weight_gradients_are_added_in_float32(dtype: torch.dtype, device: str) -> None:
+    total = random(50, 70, dtype=torch.float32, device=device)
+    exact = total.double()
+    for part in range(3):
+        dz = random(3, 15, 50, dtype=dtype, device=device, seed=1 + part)
+        x = random(3, 15, 70, dtype=dtype, device=device, seed=9 + part)
+        torch.ops.gpp_kernels.linear_accumulate_weight(total, dz, x)
+        exact += dz.double().view(45, 50).t() @ x.double().view(45, 70)
+    assert (total.double() - exact).norm() <= 1e-6 * exact.norm()  # whatever dz and x are rounded to
+
+
+def test_nothing_is_added_for_no_rows(device: str) -> None:
+    total = random(5, 7, dtype=torch.float32, device=device)
+    before = total.clone()
+    empty = (random(0, n, dtype=torch.bfloat16, device=device) for n in (5, 7))
+    torch.ops.gpp_kernels.linear_accumulate_weight(total, *empty)
+    assert torch.equal(total, before)
