@@ -55,8 +55,17 @@ class Crew:
         return threads_of_a_rank(here)
 
     def run(self, work: Callable[[Communicator], T]) -> list[T]:
-        """`work` for each rank of this process, in which ranks may wait for one another. By rank."""
-        return run(self.world, work, self.threads) if self.alone else [work(self.comm)]
+        """`work` for each rank of this process, in which ranks may wait for one another. By rank. A rank that
+        leaves from in there would let the others wait for ever: that is an error like others."""
+        if self.alone:
+            return run(self.world, work, self.threads)
+        try:
+            return [work(self.comm)]
+        except SystemExit as problem:
+            raise RuntimeError(
+                f"something called sys.exit({problem.code!r}) while other ranks wait for this one: an "
+                "exception would say why"
+            ) from problem
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """`make()` on rank 0 alone, whose value or exception every process gets."""

@@ -1,16 +1,19 @@
 """The Python API in one process: the ranks are threads."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from gpp.api.crew import RefusedError
+from gpp.api.crew import Crew, RefusedError
 from gpp.api.plan import machine, plan
 from gpp.api.start import pipeline
 from gpp.capture.export import CaptureError
 from gpp.plan import PlanError
 from gpp.runtime.data import Batches, DataError
+from gpp.runtime.loopback import LoopbackWorld
 from tests.equality.models import Chain, batch
 
 from . import scenes
@@ -98,6 +101,12 @@ def test_one_device_is_enough() -> None:
 def test_what_cannot_be(more: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pipeline(ranked(), rows(4), **{"optimizer": adam, "mini_batch": 8, "device": "cpu", **more})
+
+
+def test_leaving_is_an_error_where_others_wait() -> None:
+    crew = Crew(LoopbackWorld(2).communicators[1])
+    with pytest.raises(RuntimeError, match=r"something called sys\.exit\(3\) while other ranks wait"):
+        crew.run(lambda comm: sys.exit(3))
 
 
 def test_an_example_is_at_least_four_samples() -> None:
