@@ -17,8 +17,9 @@ def hooks(config: DictConfig) -> Hooks:
     match choice(config, "kernels.name", ("eager", "inductor", "triton")):
         case "triton":
             from kernels.fuse import fuse
+            from kernels.in_place import accumulate
 
-            return Hooks(fuse=lambda module: fuse(module)[0])
+            return Hooks(fuse=lambda module: fuse(module)[0], accumulate=accumulate)
         case "inductor":
             return Hooks(compile=_inductor, warm_up=True)
         case _:

@@ -34,11 +34,12 @@ Compile = Callable[[fx.GraphModule], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What kernels are used: `fuse` rewrites a forward graph before the joint trace, `compile` makes each
-    graph callable after it. `warm_up`: call each once on zeros, where compiling waits for the first call and
-    must not happen in a rank's thread."""
+    """What kernels are used: `fuse` rewrites a forward graph before the joint trace, `accumulate` a weight
+    half that adds to its sums, `compile` makes each graph callable after that. `warm_up`: call each once on
+    zeros, where compiling waits for the first call and must not happen in a rank's thread."""
 
     fuse: Fuse = lambda module: module
+    accumulate: Fuse = lambda module: module
     compile: Compile = lambda module: module
     warm_up: bool = False
 
@@ -267,7 +268,7 @@ class _Builder:
         flowing = [s for s in _specs(mode, face.inputs) if s.needs_grad]
         functions = _train_functions(
             cut(with_weight_casts(joint, count, casts), count + len(casts)),
-            self.hooks.compile,
+            self.hooks,
             count,
             casts,
             len(outputs),
@@ -324,7 +325,7 @@ def _no_backward(*_: Any) -> Any:
 
 def _train_functions(
     halves: Halves,
-    compile_: Compile,
+    hooks: Hooks,
     count: int,
     casts: tuple[WeightCast, ...],
     outputs: int,
@@ -333,10 +334,10 @@ def _train_functions(
     size: int,
     device: torch.device,
 ) -> TrainFunctions:
-    run_forward = compile_(halves.forward)
-    run_input = compile_(halves.backward_input)
+    run_forward = hooks.compile(halves.forward)
+    run_input = hooks.compile(halves.backward_input)
     weight_half, reached = with_sums(halves.backward_weight, count + len(casts))
-    run_weight = compile_(weight_half)
+    run_weight = hooks.compile(hooks.accumulate(weight_half))
     results, gradients = halves.results, halves.gradients
 
     def forward(

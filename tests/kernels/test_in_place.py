@@ -1,0 +1,96 @@
+"""Weight halves whose products add to the sums themselves."""
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from gpp.api.start import pipeline
+from gpp.program.build import Hooks
+from kernels.fuse import fuse
+from kernels.in_place import accumulate
+
+aten = torch.ops.aten
+ADD = torch.ops.gpp_kernels.linear_accumulate_weight.default
+
+
+class Shared(nn.Module):
+    """One layer is used twice, one has no bias, one weight is not transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.b(functional.gelu(self.a(x))) + functional.gelu(self.a(x.flip(1)))
+        return functional.mse_loss((h @ self.c)[:, -1].float(), y)
+
+
+def trained(hooks: Hooks, precision: str, seen: list[fx.GraphModule]) -> dict[str, Tensor]:
+    """The weights after some steps of two micro-batches; `seen` gets the weight halves that have run."""
+
+    def watched(module: fx.GraphModule) -> fx.GraphModule:
+        seen.append(hooks.accumulate(module))
+        return seen[-1]
+
+    torch.manual_seed(0)
+    model = Shared()
+    batch = {"x": torch.randn(8, 5, 4), "y": torch.randn(8, 3)}
+    with pipeline(
+        model,
+        batch,
+        optimizer=lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
+        mini_batch=8,
+        micro_batch=4,
+        devices=1,
+        device="cpu",
+        precision=precision,
+        hooks=Hooks(fuse=hooks.fuse, accumulate=watched),
+    ) as pipe:
+        for _ in range(3):
+            pipe.step(batch)
+        return pipe.state_dict()
+
+
+def count(graphs: list[fx.GraphModule], target: object) -> int:
+    return sum(node.target == target for node in graphs[-1].graph.nodes)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("bf16", 1e-2)])
+def test_sums_are_those_of_products_then_additions(precision: str, bound: float, fused: bool) -> None:
+    plain: list[fx.GraphModule] = []
+    rewritten: list[fx.GraphModule] = []
+    first = Hooks(fuse=lambda module: fuse(module)[0]) if fused else Hooks()
+    expected = trained(first, precision, plain)
+    found = trained(Hooks(fuse=first.fuse, accumulate=accumulate), precision, rewritten)
+    assert count(plain, aten.add_.Tensor) == 4 and count(plain, ADD) == 0
+    # a twice, b and c; of a's bias both uses are left
+    assert count(rewritten, ADD) == 4 and count(rewritten, aten.add_.Tensor) == 2
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= bound * value.norm(), name
+
+
+def graph_of(*lines: tuple[object, ...], arguments: int) -> fx.GraphModule:
+    """A graph of calls; a number among their arguments is a placeholder, a negative one a call before."""
+    graph = fx.Graph()
+    given = [graph.placeholder(f"a{i}") for i in range(arguments)]
+    made: list[fx.Node] = []
+    for target, *numbers in lines:
+        made.append(graph.call_function(target, tuple((given if n >= 0 else made)[n] for n in numbers)))
+        made[-1].meta["val"] = torch.empty(3, 3, dtype=torch.bfloat16)
+    graph.output(())
+    return fx.GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ((aten.mm.default, 1, 2), (aten.add_.Tensor, 0, -1)),  # a sum of bfloat16 stays one
+        ((aten.mm.default, 1, 2), (aten.relu.default, -1), (aten.add_.Tensor, 0, -1)),
+        ((aten.mm.default, 1, 2), (aten.relu.default, 0), (aten.add_.Tensor, 0, -2), (aten.neg.default, -3)),
+    ],
+)
+def test_what_is_left(lines: tuple[tuple[object, ...], ...]) -> None:
+    before = str(graph_of(*lines, arguments=3).graph)
+    assert str(accumulate(graph_of(*lines, arguments=3)).graph) == before
