@@ -168,8 +168,8 @@ def _load(path: Path) -> dict[str, NDArray[np.generic]] | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {key: stored[key] for key in (*StdlibFunctions.keys, "modules")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: build it again
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SystemError):
+        return None  # absent or damaged, or CPython 3.11's parser failed at it in threads: build it again
 
 
 def _store(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:

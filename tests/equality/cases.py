@@ -310,7 +310,7 @@ TRAVELLERS: dict[int, tuple[type[nn.Module], ...]] = {
     2: (models.Chain, models.Tied),
     3: (models.TwoTowers, models.Tied, models.IntegerEdge, models.Padded),
     4: (models.Chain, models.Diamond, models.Padded),
-    6: (models.Chain, models.Diamond),
+    6: (models.Diamond,),
 }
 
 

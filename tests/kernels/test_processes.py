@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.thorough import ALL, thorough
+
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {90: 232448, 80: 166912}  # bytes that one block may use
 
@@ -38,11 +40,12 @@ def compiled(architecture: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[int, list[dict[str, Any]]]:
+    chips = list(SHARED_MEMORY) if ALL else [90]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SHARED_MEMORY, pool.map(compiled, SHARED_MEMORY), strict=True))
+        return dict(zip(chips, pool.map(compiled, chips), strict=True))
 
 
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=thorough)])
 def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, list[dict[str, Any]]]) -> None:
     table = tables[architecture]
     assert {row["kernel"] for row in table} == {

@@ -6,6 +6,8 @@ from statistics import mean, pvariance
 
 import pytest
 
+from tests.thorough import thorough
+
 from ..mpirun import run_mpi, why_no_mpi
 from .commands import SLOW, Result, losses, read, run_lines
 
@@ -209,6 +211,7 @@ def test_a_slow_read_hides_behind_the_step(folder: Path, done: dict[str, Result]
     assert 0.95 * max(fast, WAIT) - 0.01 < slow < max(fast, WAIT) + 0.5 * min(fast, WAIT)
 
 
+@thorough
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
 def test_a_damaged_line_on_one_rank_ends_the_job(folder: Path, done: dict[str, Result]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gpp.plan import plan_from_json
+from tests.thorough import thorough
 
 from ..mpirun import why_no_mpi
 from .commands import MINE, SLOW, Result, foreign, read, run_lines
@@ -83,6 +84,7 @@ def test_what_cannot_be(name: str, message: str, done: dict[str, Result]) -> Non
     assert message in done[name].refused()
 
 
+@thorough
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
 def test_ranks(folder: Path, done: dict[str, Result]) -> None:
