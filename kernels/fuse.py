@@ -1,17 +1,24 @@
 """Rewrites the forward ATen graph of a stage to use this package's operators.
 
-Each pattern of `patterns` is looked for by walking the graph once. The report names every node that a pattern
-could have started at, with what became of it.
+The patterns of `patterns` are looked for in phases, each of which walks the graph once: what wins most comes
+first. The report names every node that a pattern could have started at, with what became of it.
 """
 
 import copy
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .library import KERNEL_DTYPES
-from .patterns import PATTERNS, LeftAlone, Match
+from .patterns.dropout import dropouts
+from .patterns.linear import LINEAR
+from .patterns.loss import LOSSES
+from .patterns.match import Keyed, LeftAlone, Match, Pattern
+from .patterns.norm import NORMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,46 +53,64 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, FuseReport]:
+def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
+    """The patterns by the targets of the nodes they start at."""
+    return (LOSSES, NORMS, LINEAR, {} if keyed is None else dropouts(keyed))
+
+
+def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.GraphModule, FuseReport]:
     """A copy of the graph with patterns replaced (parameters are shared, not copied), and what was done.
 
     Calls must carry `meta["val"]`, as exported and traced ones do; one without is left alone. Sub-graphs of
-    higher-order operators are not entered, their nodes are listed as left.
+    higher-order operators are not entered, their nodes are listed as left. `keyed` names the nodes that drop
+    elements, if any do.
     """
     result = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     result.meta.update(graph_module.meta)
     fused: list[Fused] = []
     left: list[Left] = []
-    for node in list(result.graph.nodes):
-        pattern = PATTERNS.get(node.target) if node.op == "call_function" else None
-        if pattern is None:
-            continue
-        try:
-            fused.append(_replace(result, _checked(result, pattern(node))))
-        except LeftAlone as error:
-            left.append(Left(node.name, str(node.target), str(error)))
+    patterns = phases(keyed)
+    for phase in patterns:
+        gone: set[fx.Node] = set()
+        for node in list(result.graph.nodes):
+            if node in gone or node.op != "call_function" or node.target not in phase:
+                continue
+            try:
+                match = _checked(result, phase[node.target](node))
+                fused.append(_replace(result, match))
+                gone.update(match.nodes)
+            except LeftAlone as error:
+                left.append(Left(node.name, str(node.target), str(error)))
+    targets = {target for phase in patterns for target in phase}
     for path, module in graph_module.named_modules():
         if path and isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
-                if node.op == "call_function" and node.target in PATTERNS:
+                if node.op == "call_function" and node.target in targets:
                     reason = f"it is inside the sub-graph {path}"
                     left.append(Left(f"{path}.{node.name}", str(node.target), reason))
     result.graph.lint()
     result.recompile()
+    place = {node.name: index for index, node in enumerate(graph_module.graph.nodes)}
+    fused.sort(key=lambda item: place.get(item.nodes[0], len(place)))
+    left.sort(key=lambda item: place.get(item.node, len(place)))
     return result, FuseReport(tuple(fused), tuple(left))
 
 
 def _checked(module: fx.GraphModule, match: Match) -> Match:
     """The match; raise LeftAlone with the reason for which its operator would refuse the arguments.
 
-    The first node's own value must be known. Arguments whose values are not (placeholders often have none)
+    The values of its results must be known. Arguments whose values are not (placeholders often have none)
     are taken to fit, since ATen took them.
     """
-    made = match.nodes[0].meta.get("val")
-    if not isinstance(made, Tensor):
-        raise LeftAlone("its shape and dtype are not known")
-    if made.dtype not in KERNEL_DTYPES:
-        raise LeftAlone(f"its dtype is {made.dtype}, the kernels compute in float32")
+    for result in match.results:
+        made = result.meta.get("val")
+        if not isinstance(made, Tensor):
+            raise LeftAlone("its shape and dtype are not known")
+        if made.dtype not in KERNEL_DTYPES:
+            raise LeftAlone(f"its dtype is {made.dtype}, the kernels compute in float32")
+    for node in match.nodes:
+        if node not in match.results and not set(node.users) <= set(match.nodes):
+            raise LeftAlone(f"{node.name} is read by others too")
     values = [_value(module, a) if isinstance(a, fx.Node) else a for a in match.arguments]
     if not any(value is _UNKNOWN for value in values):
         try:
@@ -109,12 +134,34 @@ def _value(module: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def _replace(module: fx.GraphModule, match: Match) -> Fused:
-    """Put one call where the chain starts."""
-    first, last = match.nodes[0], match.nodes[-1]
-    with module.graph.inserting_before(first):
-        call = module.graph.call_function(match.operator, match.arguments)
-    call.meta.update(last.meta)
-    last.replace_all_uses_with(call)
+    """Put one call behind its last argument; LeftAlone if somebody reads a result before that."""
+    graph = module.graph
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    given: list[fx.Node] = []
+    fx.map_arg(match.arguments, given.append)
+    start = max((match.nodes[0], *(n.next for n in given)), key=place.__getitem__)
+    for result in match.results:
+        for reader in result.users:
+            if reader not in match.nodes and place[reader] < place[start]:
+                raise LeftAlone(f"{reader.name} reads {result.name} before all arguments are there")
+    for node in list(graph.nodes)[place[match.nodes[0]] : place[start]]:
+        if node not in match.nodes and _overwrites(node):
+            raise LeftAlone(f"{node.name} overwrites something between its arguments")
+    with graph.inserting_before(start):
+        call = graph.call_function(match.operator, match.arguments)
+        call.meta.update(match.results[-1].meta)
+        made = [call]
+        if len(match.results) > 1:
+            call.meta["val"] = tuple(result.meta["val"] for result in match.results)
+            made = [graph.call_function(operator.getitem, (call, i)) for i in range(len(match.results))]
+    for old, new in zip(match.results, made, strict=True):
+        if new is not call:
+            new.meta.update(old.meta)
+        old.replace_all_uses_with(new)
     for node in reversed(match.nodes):
-        module.graph.erase_node(node)
+        graph.erase_node(node)
     return Fused(str(match.operator), tuple(node.name for node in match.nodes))
+
+
+def _overwrites(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import fx
 
 from gpp.program.build import Hooks
+from gpp.program.random import keyed_attention, keyed_dropout
 
 from .settings import choice
 
@@ -18,8 +19,10 @@ def hooks(config: DictConfig) -> Hooks:
         case "triton":
             from kernels.fuse import fuse
             from kernels.in_place import accumulate
+            from kernels.patterns.match import Keyed
 
-            return Hooks(fuse=lambda module: fuse(module)[0], accumulate=accumulate)
+            keyed = Keyed(torch.ops.gpp.keyed_bits.default, keyed_dropout, keyed_attention)
+            return Hooks(fuse=lambda module: fuse(module, keyed)[0], accumulate=accumulate)
         case "inductor":
             return Hooks(compile=_inductor, warm_up=True)
         case _:

@@ -25,7 +25,7 @@ _HEAVY = (
     "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "bilinear",
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "embedding", "embedding_bag", "_embedding_bag", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh",
-    "rnn_relu", "_attention_with_dropout",
+    "rnn_relu", "keyed_attention",
 )  # fmt: skip
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
 

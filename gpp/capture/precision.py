@@ -231,7 +231,7 @@ def _is_leaf(item: Any) -> bool:
 
 
 def _is_attention(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "_attention_with_dropout"
+    return getattr(node.target, "__name__", "") == "keyed_attention"
 
 
 def _placeholder(node: fx.Node, device: torch.device) -> Tensor:

@@ -106,7 +106,7 @@ def threshold(p: float) -> int:
     return round(p * RESOLUTION)
 
 
-def _attention_with_dropout(
+def keyed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -217,7 +217,7 @@ def _keyed_node(graph: fx.Graph, node: fx.Node, seed: int, name: str, batch: Any
         query, key = given["query"].meta["val"], given["key"].meta["val"]
         shape = [*query.shape[:-1], key.shape[-2]]
         return call(
-            _attention_with_dropout,
+            keyed_attention,
             *(given[k] for k in ("query", "key", "value")),
             bits(shape),
             given["attn_mask"],

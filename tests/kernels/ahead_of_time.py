@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from kernels import (
     bag_sums,
     cross_entropy,
+    dropout,
     embedding_bag,
     embedding_bag_gradient,
     interaction,
@@ -149,6 +150,13 @@ def linear_cases() -> Any:
     yield "tf32 gelu_erf", linear.launch_forward_keeping, (x, weight, empty(4096, dtype=dtype), activation)
 
 
+def dropout_cases() -> Any:
+    for dtype in (torch.bfloat16, torch.float32):
+        position = empty(2, dtype=torch.int64)
+        x = empty(64, 1000, dtype=dtype)
+        yield f"{dtype}", dropout.launch_forward, (x, position, 1 << 62, 1000, 0.1)
+
+
 def embedding_bag_cases() -> Any:
     """The paper's seven tables, ragged bags of one table, and the three forms of the gradient."""
     for dtype, tables, width, mode, ragged in (
@@ -201,10 +209,10 @@ def main(architecture: int) -> None:
         print(json.dumps(row), flush=True)
 
     losses = (cross_entropy, pointwise_loss, reduction)
-    with_launches = (norm, linear, product, *losses, embedding_bag, bag_sums, interaction)
+    with_launches = (norm, linear, product, dropout, *losses, embedding_bag, bag_sums, interaction)
     for module in with_launches:
         module.launch = compile_only
-    norms = (*layer_norm_cases(), *rms_norm_cases(), *loss_cases())
+    norms = (*layer_norm_cases(), *rms_norm_cases(), *loss_cases(), *dropout_cases())
     everything = (*norms, *embedding_bag_cases(), *interaction_cases(), *linear_cases())
     for case, function, arguments in everything:  # noqa: B007
         function(*arguments)

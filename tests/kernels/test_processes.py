@@ -53,6 +53,7 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
         "backward_input_kernel",
         "backward_weight_kernel",
         "finish_weight_kernel",
+        "dropout_kernel",
         "cross_entropy_kernel",
         "cross_entropy_backward_kernel",
         "pointwise_loss_kernel",
