@@ -23,10 +23,12 @@ from .patterns.norm import NORMS
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """The nodes that one operator replaced, by their names in the graph given."""
+    """The nodes that one operator replaced, by their names in the graph given, and the user's module whose
+    forward made the one that the pattern starts at ("" for the outermost, or if the graph does not say)."""
 
     operator: str
     nodes: tuple[str, ...]
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Left:
     node: str
     target: str
     reason: str
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,26 @@ class FuseReport:
     def __str__(self) -> str:
         nodes = sum(len(item.nodes) for item in self.fused)
         lines = [f"fused {nodes} nodes to {len(self.fused)}, left {len(self.left)}"]
-        lines += [f"  {item.operator} <- {' + '.join(item.nodes)}" for item in self.fused]
-        lines += [f"  left {item.node} ({item.target}): {item.reason}" for item in self.left]
+        lines += [f"  {i.operator} <- {' + '.join(i.nodes)}{_inside(i.module)}" for i in self.fused]
+        lines += [f"  left {i.node} ({i.target}){_inside(i.module)}: {i.reason}" for i in self.left]
         return "\n".join(lines)
+
+
+def _inside(module: str) -> str:
+    return module and f" in {module}"
+
+
+def _name(node: fx.Node) -> str:
+    """An operator's name with its overload, a function's own."""
+    plain = isinstance(node.target, str | torch._ops.OpOverload)
+    return str(node.target) if plain else str(getattr(node.target, "__name__", node.target))
+
+
+def _module_of(node: fx.Node) -> str:
+    """The path of the user's innermost module that made the node, as exported graphs note it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path, _ = next(reversed(stack.values()), ("", None))
+    return str(path).removeprefix("L['self']").lstrip(".")
 
 
 def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
@@ -77,17 +97,17 @@ def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.G
                 continue
             try:
                 match = _checked(result, phase[node.target](node))
-                fused.append(_replace(result, match))
+                fused.append(_replace(result, match, _module_of(node)))
                 gone.update(match.nodes)
             except LeftAlone as error:
-                left.append(Left(node.name, str(node.target), str(error)))
+                left.append(Left(node.name, _name(node), str(error), _module_of(node)))
     targets = {target for phase in patterns for target in phase}
     for path, module in graph_module.named_modules():
         if path and isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 if node.op == "call_function" and node.target in targets:
                     reason = f"it is inside the sub-graph {path}"
-                    left.append(Left(f"{path}.{node.name}", str(node.target), reason))
+                    left.append(Left(f"{path}.{node.name}", _name(node), reason, _module_of(node)))
     result.graph.lint()
     result.recompile()
     place = {node.name: index for index, node in enumerate(graph_module.graph.nodes)}
@@ -133,7 +153,7 @@ def _value(module: fx.GraphModule, node: fx.Node) -> Any:
     return value if isinstance(value, Tensor) else _UNKNOWN
 
 
-def _replace(module: fx.GraphModule, match: Match) -> Fused:
+def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
     """Put one call behind its last argument; LeftAlone if somebody reads a result before that."""
     graph = module.graph
     place = {node: index for index, node in enumerate(graph.nodes)}
@@ -160,7 +180,7 @@ def _replace(module: fx.GraphModule, match: Match) -> Fused:
         old.replace_all_uses_with(new)
     for node in reversed(match.nodes):
         graph.erase_node(node)
-    return Fused(str(match.operator), tuple(node.name for node in match.nodes))
+    return Fused(str(match.operator), tuple(node.name for node in match.nodes), inside)
 
 
 def _overwrites(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ does it once and is all ranks.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -49,6 +49,9 @@ from .settings import (
     precision_name,
     train_settings,
 )
+
+if TYPE_CHECKING:
+    from kernels.fuse import FuseReport
 
 T = TypeVar("T")
 
@@ -197,8 +200,9 @@ def pipeline_of(
     crew: Crew,
     staging: Staging | None = None,
     make_sum: MakeSum | None = None,
+    report: Callable[["FuseReport"], None] | None = None,
 ) -> Pipeline:
-    """The pipeline of a job; called by all ranks together."""
+    """The pipeline of a job; called by all ranks together. `report`: see `kernels.hooks`."""
     material = job.material
     settings = material.settings
     return Pipeline(
@@ -214,7 +218,7 @@ def pipeline_of(
         initialised.values,
         device=material.device,
         names=state_names(initialised.model),
-        hooks=hooks(config),
+        hooks=hooks(config, material.device, report),
         staging=staging,
         make_sum=make_sum,
     )

@@ -1,7 +1,8 @@
-"""`kernels=`: the two hooks by which a stage's graphs are rewritten and compiled."""
+"""`kernels=`: the hooks by which a stage's graphs are rewritten and compiled."""
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -9,24 +10,64 @@ from torch import fx
 
 from gpp.program.build import Hooks
 from gpp.program.random import keyed_attention, keyed_dropout
+from gpp.runtime.communicator import Communicator
 
-from .settings import choice
+from .settings import KERNELS, choice
+
+if TYPE_CHECKING:
+    from kernels.fuse import FuseReport
 
 
-def hooks(config: DictConfig) -> Hooks:
-    """The hooks of the `kernels` group."""
-    match choice(config, "kernels.name", ("eager", "inductor", "triton")):
+def kernels_name(config: DictConfig, device: torch.device) -> str:
+    """Which kernels run on the device: `auto` is triton on a GPU, torch's own operators elsewhere."""
+    name = choice(config, "kernels.name", KERNELS)
+    if name != "auto":
+        return name
+    return "triton" if device.type == "cuda" else "eager"
+
+
+def hooks(
+    config: DictConfig, device: torch.device, report: Callable[["FuseReport"], None] | None = None
+) -> Hooks:
+    """The hooks of the `kernels` group; `report` is told what became of each forward graph."""
+    match kernels_name(config, device):
         case "triton":
             from kernels.fuse import fuse
             from kernels.in_place import accumulate
             from kernels.patterns.match import Keyed
 
             keyed = Keyed(torch.ops.gpp.keyed_bits.default, keyed_dropout, keyed_attention)
-            return Hooks(fuse=lambda module: fuse(module, keyed)[0], accumulate=accumulate)
+
+            def fused(module: fx.GraphModule) -> fx.GraphModule:
+                made, found = fuse(module, keyed)
+                if report is not None:
+                    report(found)
+                return made
+
+            return Hooks(fuse=fused, accumulate=accumulate)
         case "inductor":
             return Hooks(compile=_inductor, warm_up=True)
         case _:
             return Hooks()
+
+
+def write_reports(comm: Communicator, reports: list["FuseReport"], folder: Path) -> None:
+    """Let rank 0 write what every rank's graphs were fused to as kernels.txt, and say how many nodes were.
+
+    Called by all ranks together. Graphs that differ in their sizes alone have one report.
+    """
+    mine = [(sum(len(i.nodes) for i in r.fused), len(r.fused), len(r.left), str(r)) for r in reports]
+    ranks = comm.all_gather_object(list(dict.fromkeys(mine)))
+    if comm.rank != 0:
+        return
+    nodes, operators, left = (sum(graph[i] for rank in ranks for graph in rank) for i in range(3))
+    print(
+        f"kernels: {nodes} nodes of forward graphs became {operators} fused operators, {left} were left "
+        "(kernels.txt says why)",
+        flush=True,
+    )
+    texts = [f"rank {number}: {graph[3]}" for number, rank in enumerate(ranks) for graph in rank]
+    (folder / "kernels.txt").write_text("\n".join([*texts, ""]))
 
 
 def _inductor(module: fx.GraphModule) -> Callable[..., Any]:

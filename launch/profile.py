@@ -45,7 +45,7 @@ def _profile(config: DictConfig, ranks: int) -> None:
     from gpp.capture.profile import profile as measured
 
     from .job import gather
-    from .kernels import hooks
+    from .kernels import hooks, kernels_name
 
     torch.set_num_threads(threads_of_a_rank(ranks))  # as a rank has them when training
     material, _ = gather(config, own_overrides())
@@ -56,8 +56,8 @@ def _profile(config: DictConfig, ranks: int) -> None:
         Measurement(
             sizes=sizes,
             device=material.device,
-            where=where(material.device, str(config.kernels.name)),
-            hooks=hooks(config),
+            where=where(material.device, kernels_name(config, material.device)),
+            hooks=hooks(config, material.device),
             seconds=number(config, "measure.seconds", above=0.0),
             stages=whole(config, "measure.stages", 1),
             cache=_cache(config),

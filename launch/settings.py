@@ -82,6 +82,7 @@ _KEYS = {
     "transport": ("name", "reduce"),
     "precision": ("name", "autocast"),
 }
+KERNELS = ("eager", "inductor", "triton", "auto")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # as the configuration and as plans call them
 
 
@@ -98,7 +99,7 @@ def check_keys(config: DictConfig) -> None:
 
 def check_choices(config: DictConfig) -> None:
     """The groups of which only the name counts."""
-    choice(config, "kernels.name", ("eager", "inductor", "triton"))
+    choice(config, "kernels.name", KERNELS)
     choice(config, "transport.name", ("auto", "device", "host"))
     choice(config, "transport.reduce", ("auto", "mpi", "nccl"))
     choice(config, "device", ("auto", "cpu", "cuda", "emulated"))

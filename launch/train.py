@@ -1,7 +1,8 @@
 """python -m launch.train: trains a model as a graph of pipeline stages, under MPI or in one process.
 
 Groups: model data cluster cost planner schedule kernels transport optimizer; keys: train.* plan device. The
-run's folder holds plan.json, graph.json, trace.json, metrics.jsonl, result.json and config.yaml.
+run's folder holds plan.json, graph.json, trace.json, metrics.jsonl, result.json and config.yaml, with
+kernels=triton also kernels.txt.
 """
 
 import os
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from gpp.api.pipeline import Pipeline
     from gpp.runtime.communicator import Communicator
     from gpp.runtime.mpi import MpiCommunicator
+    from kernels.fuse import FuseReport
 
     from .job import Job
 
@@ -31,6 +33,7 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
 
     from .guard import together
     from .job import GuardedCrew, pipeline_of, prepare
+    from .kernels import kernels_name, write_reports
     from .transport import process_groups, staging_of
 
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
@@ -42,8 +45,12 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         _announce(config, job, ranks, folder)
     groups = together(comm, lambda: process_groups(config, comm, job.arranged.lowered.train))
     make_sum = None if groups is None else groups.make_sum
-    pipeline = pipeline_of(config, job, initialised, GuardedCrew(mpi, ranks), staging, make_sum)
+    fused: list[FuseReport] = []
+    crew = GuardedCrew(mpi, ranks)
+    pipeline = pipeline_of(config, job, initialised, crew, staging, make_sum, fused.append)
     del initialised  # the whole model's weights: each stage has its own by now
+    if kernels_name(config, job.material.device) == "triton":
+        write_reports(comm, fused, folder)
     _run(job, pipeline, folder)
     if groups is not None:
         groups.close()

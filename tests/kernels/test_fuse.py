@@ -59,12 +59,13 @@ def test_a_small_network_keeps_its_numbers() -> None:
         *["linear"] * 3,
         "layer_norm",
     ]
-    assert report.fused[1] == Fused("gpp_kernels.linear.default", ("linear", "gelu"))
+    assert report.fused[1] == Fused("gpp_kernels.linear.default", ("linear", "gelu"), "first")
     assert [item.node for item in report.left] == ["linear_3"]
     assert "a plain product stays with torch" in report.left[0].reason
     text = str(report)
     assert text.startswith("fused 8 nodes to 5, left 1\n")
-    assert "  gpp_kernels.linear.default <- linear_2 + relu_" in text
+    assert "  gpp_kernels.linear.default <- linear_2 + relu_ in third" in text
+    assert "  left linear_3 (aten.linear.default) in last: " in text
 
 
 def test_training_a_fused_network_equals_training_the_plain_one() -> None:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,14 @@ def foreign(folder: Path) -> Path:
     return folder
 
 
-def run_lines(folder: Path, lines: Sequence[Sequence[str]], *, ranks: int | None = None) -> list[Result]:
-    """Run the lines in `folder`, in one process or in an MPI job of `ranks` ranks."""
+def run_lines(
+    folder: Path,
+    lines: Sequence[Sequence[str]],
+    *,
+    ranks: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[Result]:
+    """Run the lines in `folder`, in one process (`environment` beside its own) or a job of `ranks`."""
     source, target = folder / f"lines{ranks}.json", folder / f"results{ranks}.json"
     source.write_text(json.dumps(lines))
     module, timeout = "tests.launch.lines", 240
@@ -55,7 +61,7 @@ def run_lines(folder: Path, lines: Sequence[Sequence[str]], *, ranks: int | None
             text=True,
             timeout=timeout,
             cwd=folder,
-            env=job_environment(),
+            env={**job_environment(), **(environment or {})},
         )
     else:
         done = run_mpi(ranks, module, str(source), str(target), timeout=timeout, cwd=folder)

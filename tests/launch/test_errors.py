@@ -58,7 +58,9 @@ CASES = {
         says=("train.micro_batch 3 does not divide train.mini_batch 16; use one of 1, 2, 4, 8, 16",),
     ),
     "replicas": train("planner.max_replicas=many", says=("planner.max_replicas must be a whole number",)),
-    "kernels": train("kernels.name=fast", says=("kernels.name must be one of eager, inductor, triton",)),
+    "kernels": train(
+        "kernels.name=fast", says=("kernels.name must be one of eager, inductor, triton, auto",)
+    ),
     "cluster": train("cluster.inside=3", says=("cluster.inside must be a group of latency, bandwidth",)),
     "link": train("cluster.inside.latency=-1", says=("cluster.inside.latency must be at least 0",)),
     "plan file": train("plan=/nowhere.json", says=("there is no plan file /nowhere.json",)),

@@ -42,6 +42,7 @@ LINES = {
     "sgd": into("sgd", *TWO, "optimizer=sgd"),
     "gpipe": into("gpipe", *TWO, "schedule=gpipe"),
     "triton": into("triton", *TWO, "kernels=triton"),
+    "auto": into("auto", *TWO, "kernels=auto"),
     "recorded": into("recorded", *TWO, "train.init=recorded"),
     "untrained": into("untrained", *TWO, "train.steps=0"),
     "nothing held out": into("all", *TWO, "train.held_out=0"),
@@ -147,6 +148,9 @@ def test_choices_change_what_they_should(folder: Path, done: dict[str, Result]) 
     assert losses(folder / "gpipe") == losses(folder / "replay") == base
     assert losses(folder / "one") == base
     assert losses(folder / "triton") == pytest.approx(base, rel=1e-5)
+    assert losses(folder / "auto") == base or torch.cuda.is_available()
+    assert "fused operators" in done["triton"].out and "fused operators" not in done["tiny"].out
+    assert (folder / "triton" / "kernels.txt").read_text().startswith("rank 0: fused ")
     for other in ("sgd", "clipped"):
         assert losses(folder / other)[0] == base[0]
         assert losses(folder / other)[2] != base[2]
