@@ -190,6 +190,7 @@ def test_tables_of_drug_responses_are_learnt(folder: Path, done: dict[str, Resul
     assert read(folder / "candle", "result.json")["eval"]["loss"] < 0.1 * variance
 
 
+@thorough
 @pytest.mark.parametrize("name", [pytest.param(n, marks=needs_mpi) for n in MPI_LINES])
 def test_two_ranks_read_and_learn_the_same(
     folder: Path, done: dict[str, Result], mpi_done: dict[str, Result], name: str
@@ -208,7 +209,7 @@ def test_a_slow_read_hides_behind_the_step(folder: Path, done: dict[str, Result]
         done[name].passed()
     fast, slow = (read(folder / name, "result.json")["measured_step_seconds"] for name in ("fast", "slow"))
     assert fast > 0.3 * WAIT, "the step is too short to hide anything"
-    assert 0.95 * max(fast, WAIT) - 0.01 < slow < max(fast, WAIT) + 0.5 * min(fast, WAIT)
+    assert 0.95 * WAIT - 0.01 < slow < max(fast, WAIT) + 0.5 * min(fast, WAIT)
 
 
 @thorough

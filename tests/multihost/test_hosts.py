@@ -54,6 +54,7 @@ def test_ranks_know_their_hosts_and_ring_inside_them(hosts: Hosts) -> None:
     assert all(slept < 30 for slept in found["slept"])  # woken, not slept out
 
 
+@thorough
 def test_a_slow_link_costs_what_the_simulation_says(hosts: Hosts, wire: Wire, tmp_path: Path) -> None:
     plan = with_messages(paced(chain(4), 6, unit=0.01), MESSAGE)
     plan = replace(plan, topology=replace(plan.topology, per_host=2))

@@ -18,9 +18,11 @@ from gpp.schedule.check import check
 from gpp.schedule.lower import lower
 from gpp.simulate import simulate
 from gpp.topology import DeviceTopology, Link
+from tests import thorough
 from tests.graphs import chain, graphs, make_cluster, make_graph, towers
 from tests.strategies import constraints
 
+MANY = 4 if thorough.ALL else 3  # some graphs of 4 have so many plans that trying them takes minutes
 ALL = dict.fromkeys(("eager", "split_backward", "greedy", "recompute", "shard_optimizer", "colocate"), True)
 SLOW = Link(1e-5, 1e9)
 
@@ -156,7 +158,11 @@ def every_choice(graph: ComputationGraph, cluster: DeviceTopology, options: Opti
 
 
 @settings(max_examples=12, deadline=None)
-@given(graphs(max_operators=4, all_train=True), st.integers(1, 3), st.sampled_from([0.5, 0.8, 2.0]))
+@given(
+    graphs(max_operators=4 if thorough.ALL else 3, all_train=True),
+    st.integers(1, 3),
+    st.sampled_from([0.5, 0.8, 2.0]),
+)
 def test_the_best_of_all_plans_with_every_choice(graph, devices, part):
     """Schedules, recomputing and shared devices too, where memory is short and where it is not."""
     given = ALL | {"mini_batch": 8, "micro_batch": 1, "max_replicas": 1}

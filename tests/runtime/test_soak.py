@@ -7,7 +7,7 @@ import pytest
 from tests.mpirun import run_mpi, why_no_mpi
 from tests.thorough import ALL
 
-STEPS = 1000 if ALL else 300
+STEPS = 1000 if ALL else 150
 GROWTH = 1 << 20  # bytes of each rank's resident memory, in nine tenths of the steps
 
 pytestmark = [
