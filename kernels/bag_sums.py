@@ -20,10 +20,12 @@ from torch import Tensor
 
 from .bags import GROUP, bag_bounds, count_bags, flat, pick, varying
 from .launch import blocks, launch, power_of_two
+from .rows import Block
+from .tuning import tuned
 
 CHUNK = 128  # most keys that are summed in one part
 STEP = 4  # of them at a time
-ELEMENTS = 512  # of the tile of a program of two warps: larger ones spill registers for many tables
+STATIC = Block(elements=512, warps=2)  # of a program's tile: larger ones spill registers for many tables
 KEYS = 256  # keys that one program makes
 
 
@@ -316,7 +318,8 @@ def sum_places(
     partial = dy.new_empty((2, chunks, width), dtype=torch.float32)
     block = min(128, power_of_two(width))
     columns = blocks(width, block)
-    lanes = max(1, ELEMENTS // (STEP * block))
+    how = tuned("bag_sums", STATIC, dy, tables=min(len(rows), GROUP), width=width)
+    lanes = max(1, how.elements // (STEP * block))
     chunk_lanes = min(8, lanes)
     first_key = 0
     for first in range(0, len(rows), GROUP):
@@ -347,7 +350,7 @@ def sum_places(
             PLACES=lanes,
             STEP=STEP,
             WIDTH=block,
-            num_warps=2,
+            num_warps=how.warps,
         )
         launch(
             bag_join_kernel,
@@ -365,6 +368,6 @@ def sum_places(
             PLACES=chunk_lanes,
             STEP=STEP,
             WIDTH=block,
-            num_warps=2,
+            num_warps=how.warps,
         )
         first_key += sum(heights) + len(heights)

@@ -35,6 +35,7 @@ from .launch import blocks, launch
 from .library import as_rows, check_dtype, check_tensors, register, register_autograd, require
 from .reduction import REDUCTIONS, check_loss_gradient, check_reduction, launch_counted_total, launch_total
 from .rows import configuration, statistics_dtype
+from .tuning import tuned
 
 
 @triton.jit
@@ -158,7 +159,7 @@ def launch_forward(
     loss, peak, total, count = empty_forward(logits, target, reduction, ignore_index, label_smoothing)
     classes = logits.shape[-1]
     rows = as_rows(logits, classes)
-    how = configuration(classes)
+    how = tuned("cross_entropy", configuration(classes), logits, width=classes)
     programs = blocks(rows.shape[0], how.rows)
     reduced = reduction != "none"
     sums, counts = peak.new_empty((2, programs)) if reduced else (loss, loss)
@@ -205,7 +206,7 @@ def launch_backward(
     dlogits = logits.new_empty(logits.shape)
     classes = logits.shape[-1]
     rows = as_rows(logits, classes)
-    how = configuration(classes)
+    how = tuned("cross_entropy_backward", configuration(classes), logits, width=classes)
     launch(
         cross_entropy_backward_kernel,
         (blocks(rows.shape[0], how.rows), blocks(classes, how.width)),

@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 from .keyed import check_keyed, keyed_factor, keyed_stream, reference_factor, threshold_and_scale
 from .launch import blocks, launch
 from .library import check_tensors, register, register_autograd
+from .rows import Block
+from .tuning import tuned
 
-BLOCK, WARPS = 1024, 4
+STATIC = Block(elements=1024, warps=4)
 
 
 @triton.jit(do_not_specialize=["count", "key", "elements", "threshold"])
@@ -34,9 +36,11 @@ def dropout_kernel(x_ptr, y_ptr, position_ptr, count, key, elements, threshold, 
 def launch_forward(x: Tensor, position: Tensor, key: int, elements: int, p: float) -> Tensor:
     """y, like x and contiguous."""
     y = empty_forward(x, position, key, elements, p)
-    grid = (blocks(y.numel(), BLOCK),)
+    block = tuned("dropout", STATIC, x, count=y.numel())
+    grid = (blocks(y.numel(), block.elements),)
     numbers = (y.numel(), key, elements, *threshold_and_scale(p))
-    launch(dropout_kernel, grid, x.contiguous(), y, position, *numbers, BLOCK=BLOCK, num_warps=WARPS)
+    how = {"BLOCK": block.elements, "num_warps": block.warps}
+    launch(dropout_kernel, grid, x.contiguous(), y, position, *numbers, **how)
     return y
 
 

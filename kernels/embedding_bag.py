@@ -27,9 +27,11 @@ from .bags import GROUP, bag_bounds, check_bags, count_bags, flat, pick, varying
 from .embedding_bag_gradient import embedding_bag_backward_sparse, embedding_bag_backward_weight
 from .launch import blocks, launch, power_of_two
 from .library import as_rows, check_dtype, check_tensors, register, register_autograd, require
+from .rows import Block
+from .tuning import tuned
 
 UNROLL = 8  # rows of a bag that are loaded at a time
-ELEMENTS = 2048  # of one program's tile
+STATIC = Block(elements=2048, warps=4)  # of one program's tile
 
 
 @triton.jit(do_not_specialize=["rows", "counts", "bags", "entries"])
@@ -95,7 +97,8 @@ def launch_forward(
     size = 1 if offsets else indices[0].shape[-1]
     step = UNROLL if offsets else max(1, min(UNROLL, power_of_two(size)))
     column_block = min(128, power_of_two(width))
-    bag_block = max(1, ELEMENTS // (step * column_block))
+    block = tuned("bags", STATIC, weights[0], size=step, width=width)
+    bag_block = max(1, block.elements // (step * column_block))
     for first in range(0, len(weights), GROUP):
         group = slice(first, first + GROUP)
         tables = [as_rows(table, width) for table in weights[group]]
@@ -119,7 +122,7 @@ def launch_forward(
             BAGS=bag_block,
             STEP=step,
             WIDTH=column_block,
-            num_warps=4,
+            num_warps=block.warps,
         )
     return out
 

@@ -28,6 +28,7 @@ from .bags import wide_dtype
 from .launch import blocks, launch, power_of_two
 from .library import check_dtype, check_tensors, register, register_autograd, require
 from .product import precision
+from .tuning import tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def launch_forward(x: Tensor, dense: int) -> Tensor:
     out = empty_forward(x, dense)
     samples = _samples(x)
     count, features, width = samples.shape
-    tile = configuration(features, width)
+    tile = tuned("interaction", configuration(features, width), x, features=features, width=width)
     rows = blocks(features, tile.features)
     launch(
         interaction_forward_kernel,
@@ -170,7 +171,7 @@ def launch_backward(dy: Tensor, x: Tensor, dense: int) -> Tensor:
     rows = dy.reshape(count, dy.shape[-1])
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
-    tile = configuration(features, width)
+    tile = tuned("interaction", configuration(features, width), x, features=features, width=width)
     launch(
         interaction_backward_kernel,
         (count, blocks(features, tile.features), blocks(width, tile.width)),

@@ -19,6 +19,7 @@ from torch import Tensor
 from .launch import blocks, launch
 from .library import as_rows
 from .rows import configuration
+from .tuning import tuned
 
 SUM_ROWS, SUM_COLUMNS, SUM_GROUPS = 16, 128, 64  # tile of the sum over rows, and its most parts
 
@@ -258,7 +259,7 @@ def normalise(
     """Write y, like x, and the float32 statistics of its rows; RMS norm where there is no `mean`."""
     width = x.shape[-1]
     rows = as_rows(x, width)
-    how = configuration(width)
+    how = tuned("norm", configuration(width), x, width=width)
     launch(
         forward_kernel,
         (blocks(rows.shape[0], how.rows),),
@@ -288,7 +289,7 @@ def differentiate_input(
     """Write the gradient of x."""
     width = x.shape[-1]
     dy_rows, x_rows = as_rows(dy, width), as_rows(x, width)
-    how = configuration(width)
+    how = tuned("norm_backward", configuration(width), x, width=width)
     launch(
         backward_input_kernel,
         (blocks(x_rows.shape[0], how.rows),),

@@ -27,9 +27,10 @@ from torch.autograd.function import once_differentiable
 from .launch import blocks, launch
 from .library import check_dtype, check_tensors, register, register_autograd, require
 from .reduction import REDUCTIONS, check_loss_gradient, check_reduction, launch_total
-from .rows import statistics_dtype
+from .rows import Block, statistics_dtype
+from .tuning import tuned
 
-BLOCK = 2048  # elements that a program holds at a time
+STATIC = Block(elements=2048, warps=4)  # held by a program at a time
 SUMS = 1024  # most programs of a reduced loss
 
 # The codes that kernels get.
@@ -111,8 +112,9 @@ def launch_forward(code: int, input: Tensor, target: Tensor, reduction: str) -> 
     """The loss, of the input's dtype: a scalar, or like the input for reduction none."""
     loss = empty_forward(input, target, reduction)
     size, reduced = input.numel(), reduction != "none"
-    tiles = blocks(blocks(size, BLOCK), SUMS) if reduced else 1
-    programs = blocks(size, tiles * BLOCK) if size else 0
+    block = tuned("pointwise_loss", STATIC, input)
+    tiles = blocks(blocks(size, block.elements), SUMS) if reduced else 1
+    programs = blocks(size, tiles * block.elements) if size else 0
     out = input.new_empty((programs,), dtype=torch.float32) if reduced else loss
     launch(
         pointwise_loss_kernel,
@@ -124,8 +126,8 @@ def launch_forward(code: int, input: Tensor, target: Tensor, reduction: str) -> 
         tiles,
         LOSS=code,
         REDUCED=reduced,
-        BLOCK=BLOCK,
-        num_warps=4,
+        BLOCK=block.elements,
+        num_warps=block.warps,
     )
     if reduced:
         launch_total(out, loss, float(size) if reduction == "mean" else 1.0)
@@ -136,9 +138,10 @@ def launch_backward(code: int, dloss: Tensor, input: Tensor, target: Tensor, red
     """The gradient of the input."""
     dinput = empty_backward(dloss, input, target, reduction)
     size = input.numel()
+    block = tuned("pointwise_loss", STATIC, input)
     launch(
         pointwise_loss_backward_kernel,
-        (blocks(size, BLOCK),),
+        (blocks(size, block.elements),),
         dloss.contiguous(),
         input.contiguous(),
         target.contiguous(),
@@ -147,8 +150,8 @@ def launch_backward(code: int, dloss: Tensor, input: Tensor, target: Tensor, red
         float(size) if reduction == "mean" else 1.0,
         LOSS=code,
         REDUCED=reduction != "none",
-        BLOCK=BLOCK,
-        num_warps=4,
+        BLOCK=block.elements,
+        num_warps=block.warps,
     )
     return dinput
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS, activate
 from .launch import blocks, launch
+from .tuning import tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,8 @@ def product(
     With `add` the result is added to what is in out, of float32.
     """
     (rows, inner), columns = a.shape, b.shape[0]
-    tile = configuration(rows, columns, a.dtype)
+    static = configuration(rows, columns, a.dtype)
+    tile = tuned("product", static, a, rows=rows, columns=columns, inner=inner)
     launch(
         product_kernel,
         (blocks(rows, tile.rows) * blocks(columns, tile.columns),),

@@ -29,6 +29,14 @@ def configuration(width: int) -> Configuration:
     return Configuration(rows, block, True, max(1, min(16, rows * block // 512)))
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements that one program takes, of an operator that is free in how they are laid on programs."""
+
+    elements: int
+    warps: int
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 where the reference computes in it."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -17,6 +17,7 @@ if INTERPRETED:
         "test_embedding_bag.py",
         "test_interaction.py",
         "test_dropout.py",
+        "test_tuning.py",
     ]
 elif not torch.cuda.is_available():
     collect_ignore = ["numerics"]

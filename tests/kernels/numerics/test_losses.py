@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy
-from kernels.pointwise_loss import BLOCK, binary_cross_entropy_with_logits, mse_loss
+from kernels.pointwise_loss import STATIC, binary_cross_entropy_with_logits, mse_loss
 from kernels.reduction import REDUCTIONS, SUM_BLOCK, launch_counted_total
 from kernels.rows import WHOLE_ROW
 from tests.kernels.numerics.compare import DTYPE_NAMES, DTYPES, assert_as_good_as_torch
@@ -218,7 +218,7 @@ def test_pointwise(ours: Loss, theirs: Loss, reduction: str, dtype: torch.dtype,
 
 @both
 @drawn
-@given(size=st.integers(1, 3 * BLOCK), reduction=st.sampled_from(REDUCTIONS))
+@given(size=st.integers(1, 3 * STATIC.elements), reduction=st.sampled_from(REDUCTIONS))
 def test_pointwise_of_drawn_sizes(ours: Loss, theirs: Loss, size: int, reduction: str, device: str) -> None:
     assert_pointwise_right(ours, theirs, *pair(size, dtype=torch.float32, device=device), reduction)
 
@@ -228,7 +228,7 @@ def test_several_tiles_a_program(
     ours: Loss, theirs: Loss, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kernels.pointwise_loss.SUMS", 3)
-    x, t = pair(8 * BLOCK + 5, dtype=torch.float32, device=device)
+    x, t = pair(8 * STATIC.elements + 5, dtype=torch.float32, device=device)
     assert_pointwise_right(ours, theirs, x, t, "mean")
     assert torch.equal(ours(x, t, "sum"), ours(x, t, "sum"))
 
