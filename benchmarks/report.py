@@ -64,11 +64,18 @@ def markdown(sections: Sequence[Mapping[str, Any]], title: str, command: str) ->
             lines += [section["note"], ""]
         if section["rows"]:
             lines += [*_table(section["columns"], section["rows"]), ""]
-        lines.append(
-            f"{section['seconds']:.0f} s on {where['processor']}, {where['cores']} cores (load "
-            f"{where['load']}), Python {where['python']}, numpy {where['numpy']}, {where['date']}"
-        )
+        lines.append(f"{section['seconds']:.0f} s on {_place(where)}")
     return "\n".join(lines) + "\n"
+
+
+def _place(where: Mapping[str, str]) -> str:
+    """A machine in words; of one that is measured with a GPU the GPU comes first."""
+    words = f"{where['processor']}, {where['cores']} cores (load {where['load']}), Python {where['python']}, "
+    words += f"numpy {where['numpy']}, {where['date']}"
+    if "gpu" not in where:
+        return words
+    packages = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "liger-kernel"))
+    return f"{where['gpu']} (driver {where['driver']}, CUDA {where['cuda']}), {packages}, {words}"
 
 
 def text(section: Section) -> str:

@@ -14,17 +14,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import product as combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 FORMAT = "gpp.tuned/1"
 FOLDER = Path(__file__).parent / "tuned"
+REFUSALS = (CompilationError, OutOfResources, PTXASError)  # of a configuration that a GPU cannot have
 COUNTS = frozenset({"rows", "count"})  # sizes that grow with the batch
 
 Configuration = TypeVar("Configuration")
@@ -126,16 +128,6 @@ def bucket_of(operator: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> st
     return " ".join([str(dtype).removeprefix("torch."), *rounded])
 
 
-def candidates(operator: str, static: Configuration) -> Iterator[dict[str, int]]:
-    """All choices of an operator's options other than the static one."""
-    options = SPACES[operator].options
-    now = asdict(static)  # type: ignore[call-overload]
-    for values in combinations(*options.values()):
-        choice = dict(zip(options, values, strict=True))
-        if any(now[name] != value for name, value in choice.items()):
-            yield choice
-
-
 _tables: dict[str, Table | None] = {}
 
 
@@ -156,6 +148,12 @@ def using(table: Table) -> Iterator[None]:
         yield
     finally:
         _install(table.gpu, before)
+
+
+def forget_tables() -> None:
+    """Read files again when they are next needed."""
+    _tables.clear()
+    _chosen.cache_clear()
 
 
 def _install(gpu: str, table: Table | None) -> None:

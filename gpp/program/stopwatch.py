@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import Alone, Hooks, Roots, alone
+from .build import Hooks, Roots, alone
 from .carve import value_spec
 from .stage import ForwardResult
 from .traced import TracedModel
@@ -44,8 +44,13 @@ def time_passes(
     numbers (integers: zeros). On a CUDA device its own clock counts. On a CPU with one thread that thread's
     time does, which what else runs on the machine does not disturb; with more threads the wall's.
     """
-    stage = alone(traced, operators, size, roots, device, hooks)
-    call = _rounds(stage, traced, size, batch, device)
+    run = passes(traced, operators, size, roots, batch, device, hooks)
+
+    def call() -> list[float]:
+        marks: list[Any] = []
+        run(lambda: marks.append(_mark(device)))
+        return _between(marks)
+
     with torch.no_grad():
         call()
         found: list[list[float]] = []
@@ -55,10 +60,18 @@ def time_passes(
     return Times(*(median(column) for column in zip(*found, strict=True)))
 
 
-def _rounds(
-    stage: Alone, traced: TracedModel, size: int, batch: Mapping[str, Tensor], device: torch.device
-) -> Callable[[], list[float]]:
-    """A function that runs the three passes once and returns their seconds."""
+def passes(
+    traced: TracedModel,
+    operators: Sequence[str],
+    size: int,
+    roots: Roots,
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    hooks: Hooks | None = None,
+) -> Callable[[Callable[[], object]], None]:
+    """A function that runs the three passes once, on tensors that it keeps, and calls what it is given before
+    the first and after each of them."""
+    stage = alone(traced, operators, size, roots, device, hooks)
     face, functions = stage.face, stage.functions
     first = len(face.parameters)
     second = first + len(face.buffers)
@@ -76,22 +89,21 @@ def _rounds(
     parameters += [cast.of(parameters) for cast in functions.casts]
     tangents: list[Tensor] = []
 
-    def call() -> list[float]:
-        marks = [_mark(device)]
+    def run(mark: Callable[[], object]) -> None:
+        mark()
         made: ForwardResult = functions.forward(parameters, buffers, [*inputs, *keys], position)
-        marks.append(_mark(device))
+        mark()
         if not tangents:
             given = [v for v, flows in zip(made.outputs, carried, strict=True) if flows]
             tangents.extend(_filled(v.contiguous(), generator, 1.0) for v in given)
         stash = list(made.stash)
         del made
         back = functions.backward_input(parameters, stash, tangents)
-        marks.append(_mark(device))
+        mark()
         functions.backward_weight(parameters, list(back.stash), sums)
-        marks.append(_mark(device))
-        return _between(marks)
+        mark()
 
-    return call
+    return run
 
 
 def _filled(value: Tensor, generator: torch.Generator, scale: float) -> Tensor:

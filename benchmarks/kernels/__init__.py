@@ -1,0 +1,1 @@
+"""The kernels against torch's own, torch.compile, the vendor's libraries and Liger-Kernel, on a GPU."""
