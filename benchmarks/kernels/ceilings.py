@@ -23,8 +23,9 @@ class Ceilings:
 
 def measured(clock: Clock, dtypes: Iterable[str]) -> Ceilings:
     """Numbers of the inputs are random: products of zeros take less power and run faster."""
-    source = torch.randint(256, (COPY,), dtype=torch.uint8, device=clock.device)
-    target = torch.empty_like(source)
+    with clock.scope():
+        source = torch.randint(256, (COPY,), dtype=torch.uint8, device=clock.device)
+        target = torch.empty_like(source)
     bytes_per_second = 2 * COPY / clock.gpu([partial(target.copy_, source)]).median
     del source, target
     product = {}

@@ -19,19 +19,23 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Seconds of a call: the median, and what a tenth of the measurements is below and above."""
+    """Seconds of a call: the median, and what a tenth of the measurements is below and above.
+
+    `graph`: of a CUDA graph; else of plain calls one after the other, gaps between launches included.
+    """
 
     median: float
     low: float
     high: float
+    graph: bool = True
 
 
-def spread(seconds: Sequence[float]) -> Spread:
+def spread(seconds: Sequence[float], *, graph: bool = True) -> Spread:
     """Of at least one measurement."""
     if len(seconds) == 1:
-        return Spread(seconds[0], seconds[0], seconds[0])
+        return Spread(seconds[0], seconds[0], seconds[0], graph)
     tenths = quantiles(seconds, n=10, method="inclusive")
-    return Spread(median(seconds), tenths[0], tenths[-1])
+    return Spread(median(seconds), tenths[0], tenths[-1], graph)
 
 
 class Clock(Protocol):
@@ -80,23 +84,41 @@ class CudaClock:
         return torch.cuda.stream(self._stream)
 
     def gpu(self, calls: Sequence[Call]) -> Spread:
-        """Replays of a graph of about two milliseconds, at most 100 of them in about `seconds`."""
+        """Replays of a graph of about two milliseconds, at most 100 of them in about `seconds`.
+
+        What waits for the device cannot be in a graph, some rivals do: their calls are made one by one.
+        """
         with self.scope():
             for call in (*calls[:2], *calls):  # the first compiles
                 call()
             once = self._between(lambda: [call() for call in calls])
             turns = max(1, min(50, int(2e-3 / max(once, 1e-6))))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
+
+            def run() -> None:
                 for _ in range(turns):
                     for call in calls:
                         call()
-            self._between(graph.replay)
-            length = self._between(graph.replay)
+
+            graph = self._captured(run)
+            replay: Call = run if graph is None else graph.replay
+            self._between(replay)
+            length = self._between(replay)
             count = max(5, min(100, int(self.seconds / max(length, 1e-6))))
-            found = [self._between(graph.replay) / (turns * len(calls)) for _ in range(count)]
-            del graph
-        return spread(found)
+            found = [self._between(replay) / (turns * len(calls)) for _ in range(count)]
+        return spread(found, graph=graph is not None)
+
+    def _captured(self, run: Call) -> torch.cuda.CUDAGraph | None:
+        """The graph of a run, or none if there cannot be one."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                run()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        return graph
 
     def wall(self, calls: Sequence[Call]) -> Spread:
         """Loops of about five milliseconds, as many as fit in about half of `seconds`."""

@@ -11,6 +11,11 @@ from .rivals import OURS, RIVALS
 from .stages import PROVIDERS
 from .targets import targets
 
+TIMES = (
+    "GPU time as the median and, in brackets, what a tenth is below and above. No graph: time of plain calls, "
+    "of what waits for the device and cannot be in a CUDA graph."
+)
+
 
 def sections(
     found: Sequence[Measurement],
@@ -63,7 +68,7 @@ def _operator(name: str, found: Sequence[Measurement], note: str) -> Section:
             "fastest rival / ours",
         ),
         rows=tuple(rows),
-        note=f"GPU time as the median and, in brackets, what a tenth is below and above. {note}".strip(),
+        note=f"{TIMES} {note}".strip(),
     )
 
 
@@ -127,7 +132,11 @@ def _by_case(found: Sequence[Measurement]) -> dict[tuple[str, ...], dict[str, Me
 def _gpu(m: Measurement | None) -> Cell:
     if m is None:
         return None
-    return m.note if m.gpu is None else f"{_microseconds(m.gpu)}{f' ({m.note})' if m.note else ''}"
+    if m.gpu is None:
+        return m.note
+    remarks = [m.note] if m.note else []
+    remarks += [] if m.gpu.graph else ["no graph"]
+    return _microseconds(m.gpu) + "".join(f" ({remark})" for remark in remarks)
 
 
 def _wall(m: Measurement | None) -> Cell:

@@ -55,6 +55,8 @@ def tune(
     }
     done: set[Asked] = set()
     for work in works:
+        if left() <= 0:
+            break
         with _session(gpu, entries) as asked:
             with clock.scope():
                 results(work.kernel.ours, work.fresh(clock))

@@ -119,7 +119,9 @@ def prepared(function: Function, inputs: Inputs, which: str) -> Callable[[], Any
     first = function(*inputs)
     if not first.requires_grad:
         raise NotBackward("it has no backward")
-    dy = torch.ones_like(first) if first.dim() == 0 else torch.randn_like(first)
+    dy = torch.ones_like(first)
+    if first.dim() > 0:
+        dy.normal_(generator=torch.Generator(first.device).manual_seed(1))
     if which == "backward":
         return lambda: torch.autograd.grad(first, wanted, dy, retain_graph=True)
     return lambda: torch.autograd.grad(function(*inputs), wanted, dy)

@@ -4,9 +4,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.kernels import ceilings, record, report, stages, targets
 from benchmarks.kernels.ceilings import Ceilings
-from benchmarks.kernels.clock import Call, Spread, spread
+from benchmarks.kernels.clock import Call, CudaClock, Spread, spread
 from benchmarks.kernels.kernels import KERNELS
 from benchmarks.kernels.measure import Measurement, Run, run, works
 from benchmarks.kernels.rivals import MISSING, OURS, RIVALS, version
@@ -217,6 +218,62 @@ def test_what_there_is_no_time_for_is_named() -> None:
     done = run(tasks, MadeUpClock(), TOPS, lambda: next(left), said.append)
     assert {m.model for m in done.measurements} == {"tiny"} and len(said) == 1
     assert done.skipped == (str(tasks[0]),) == ("layer_norm rows=5 width=24 fp32",)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_the_clock_of_a_gpu_counts_calls(capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device that takes a tenth of a millisecond for a call, in a graph or by itself."""
+    done, held = [0], [0]
+    capturing = [False]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0
+
+        def record(self, stream: object) -> None:
+            self.at = done[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 0.1 * (end.at - self.at)
+
+    class Graph:
+        def replay(self) -> None:
+            done[0] += held[0]
+
+    @contextmanager
+    def graph(made: Graph, stream: object) -> Iterator[None]:
+        capturing[0] = True
+        yield
+        capturing[0] = False
+
+    def call() -> None:
+        if not capturing[0]:
+            done[0] += 1
+        elif capturable:
+            held[0] += 1
+        else:
+            capturing[0] = False
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name, value in {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "Stream": lambda device: SimpleNamespace(synchronize=lambda: None),
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda: None,
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=50, total_memory=4096),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    clock = CudaClock(0.01, torch.device("cuda", 0))
+    found = clock.gpu([call] * 3)
+    assert found.median == pytest.approx(1e-4) and found.graph == capturable
+    assert held[0] % 3 == 0 and (held[0] > 3) == capturable
+    assert clock.wall([call] * 3).median > 0
+    assert [clock.sets(size) for size in (1, 10, 30, 1000)] == [64, 10, 4, 1]
 
 
 class OnGpu:
