@@ -8,6 +8,7 @@ import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, fx
 
 from .library import KERNEL_DTYPES
 from .patterns.dropout import dropouts
+from .patterns.embedding import EMBEDDINGS
+from .patterns.interaction import INTERACTIONS
 from .patterns.linear import LINEAR
 from .patterns.loss import LOSSES
-from .patterns.match import Keyed, LeftAlone, Match, Pattern
+from .patterns.match import Keyed, LeftAlone, Match, Pattern, known, mapped, nodes_of
 from .patterns.norm import NORMS
 
 
@@ -75,7 +78,7 @@ def _module_of(node: fx.Node) -> str:
 
 def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
     """The patterns by the targets of the nodes they start at."""
-    return (LOSSES, NORMS, LINEAR, {} if keyed is None else dropouts(keyed))
+    return (EMBEDDINGS, INTERACTIONS, LOSSES, NORMS, LINEAR, {} if keyed is None else dropouts(keyed))
 
 
 def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.GraphModule, FuseReport]:
@@ -96,7 +99,7 @@ def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.G
             if node in gone or node.op != "call_function" or node.target not in phase:
                 continue
             try:
-                match = _checked(result, phase[node.target](node))
+                match = _checked(phase[node.target](node))
                 fused.append(_replace(result, match, _module_of(node)))
                 gone.update(match.nodes)
             except LeftAlone as error:
@@ -116,7 +119,7 @@ def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.G
     return result, FuseReport(tuple(fused), tuple(left))
 
 
-def _checked(module: fx.GraphModule, match: Match) -> Match:
+def _checked(match: Match) -> Match:
     """The match; raise LeftAlone with the reason for which its operator would refuse the arguments.
 
     The values of its results must be known. Arguments whose values are not (placeholders often have none)
@@ -131,35 +134,20 @@ def _checked(module: fx.GraphModule, match: Match) -> Match:
     for node in match.nodes:
         if node not in match.results and not set(node.users) <= set(match.nodes):
             raise LeftAlone(f"{node.name} is read by others too")
-    values = [_value(module, a) if isinstance(a, fx.Node) else a for a in match.arguments]
-    if not any(value is _UNKNOWN for value in values):
+    if all(known(node) is not None for node in nodes_of(match.arguments)):
         try:
-            match.check(*values)
+            match.check(*mapped(match.arguments, known, lambda target, *values: target(*values)))
         except (TypeError, ValueError) as error:
             raise LeftAlone(str(error)) from None
     return match
-
-
-_UNKNOWN = object()
-
-
-def _value(module: fx.GraphModule, node: fx.Node) -> Any:
-    """The example value of a node; of an attribute the attribute itself if it has no other."""
-    value = node.meta.get("val")
-    if value is None and node.op == "get_attr":
-        value = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part, None)
-    return value if isinstance(value, Tensor) else _UNKNOWN
 
 
 def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
     """Put one call behind its last argument; LeftAlone if somebody reads a result before that."""
     graph = module.graph
     place = {node: index for index, node in enumerate(graph.nodes)}
-    given: list[fx.Node] = []
-    fx.map_arg(match.arguments, given.append)
-    start = max((match.nodes[0], *(n.next for n in given)), key=place.__getitem__)
+    given = [node.next for node in nodes_of(match.arguments)]
+    start = max((match.nodes[0], *given), key=place.__getitem__)
     for result in match.results:
         for reader in result.users:
             if reader not in match.nodes and place[reader] < place[start]:
@@ -168,19 +156,34 @@ def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
         if node not in match.nodes and _overwrites(node):
             raise LeftAlone(f"{node.name} overwrites something between its arguments")
     with graph.inserting_before(start):
-        call = graph.call_function(match.operator, match.arguments)
+        call = graph.call_function(
+            match.operator, mapped(match.arguments, lambda n: n, partial(_call, graph))
+        )
         call.meta.update(match.results[-1].meta)
         made = [call]
-        if len(match.results) > 1:
-            call.meta["val"] = tuple(result.meta["val"] for result in match.results)
+        several = match.stacked or len(match.results) > 1
+        if several:
+            values = tuple(result.meta["val"] for result in match.results)
+            call.meta["val"] = torch.stack(values) if match.stacked else values
+            if match.stacked:
+                call = graph.call_function(torch.ops.aten.unbind.int, (call,))
+                call.meta.update(match.results[-1].meta, val=list(values))
             made = [graph.call_function(operator.getitem, (call, i)) for i in range(len(match.results))]
     for old, new in zip(match.results, made, strict=True):
-        if new is not call:
+        if several:
             new.meta.update(old.meta)
         old.replace_all_uses_with(new)
     for node in reversed(match.nodes):
         graph.erase_node(node)
     return Fused(str(match.operator), tuple(node.name for node in match.nodes), inside)
+
+
+def _call(graph: fx.Graph, target: torch._ops.OpOverload, *arguments: Any) -> fx.Node:
+    """A call that makes an argument, with its value where those of its own arguments are known."""
+    node = graph.call_function(target, arguments)
+    if all(known(used) is not None for used in node.all_input_nodes):
+        node.meta["val"] = target(*fx.map_arg(arguments, known))
+    return node
 
 
 def _overwrites(node: fx.Node) -> bool:

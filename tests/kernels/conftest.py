@@ -11,6 +11,7 @@ if INTERPRETED:
     collect_ignore = [
         "test_operators.py",
         "test_fuse.py",
+        "test_fuse_dlrm.py",
         "test_in_place.py",
         "test_rms_norm.py",
         "test_losses.py",
