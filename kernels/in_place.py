@@ -1,18 +1,22 @@
 """Rewrites the weight half of a stage: a weight's gradient that is made only to be added to its sum over
-micro-batches is added by the product itself.
+micro-batches is added by what makes it.
 
     total.add_(dz^T x), through transposes and casts to float32    -> gpp_kernels.linear_accumulate_weight
+    the same of a table with more rows than are looked up, or of the tables of an embedding bag
+                                                            -> gpp_kernels.embedding_bag_accumulate_weight
 
 Gradients of a weight that is used twice are added one after the other. The gradient is then never written: a
-third of what the half moves. Its sum is rounded once instead of twice, so it agrees with the graph given, but
-not to the bit. An autograd formula cannot write to a sum, so this comes after the joint trace.
+third of what the half moves, and of a table all but the rows that occur. Its sum is rounded once instead of
+twice, so it agrees with the graph given, but not to the bit. An autograd formula cannot write to a sum, so
+this comes after the joint trace.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from .embedding_bag_gradient import embedding_bag_accumulate_weight, embedding_bag_backward_weight
 from .linear import linear_accumulate_weight, linear_backward_weight
 
 aten = torch.ops.aten
@@ -32,6 +36,9 @@ def accumulate(module: fx.GraphModule) -> fx.GraphModule:
             additions += _split(module.graph, addition, total, made)
         else:
             _rewrite(module.graph, addition)
+    for node in list(module.graph.nodes):
+        if node.target is embedding_bag_backward_weight:
+            _rewrite_tables(module.graph, node)
     module.graph.lint()
     module.recompile()
     return module
@@ -65,16 +72,57 @@ def _rewrite(graph: fx.Graph, addition: fx.Node) -> None:
         made = made.args[0]
     if not isinstance(made, fx.Node) or len(made.users) > 1 or not _is_summed_wide(made, len(chain) > 1):
         return
+    target: Any = linear_accumulate_weight
     with graph.inserting_before(addition):
         if made.target is aten.mm.default:
             left, right = made.args
             dz, x = (right, _transposed(graph, left)) if turned else (_transposed(graph, left), right)
+            given: tuple[Any, ...] = (total, dz, x)
         elif made.target is linear_backward_weight and not turned:
-            dz, x = made.args
+            given = (total, *made.args)
+        elif made.target is aten.embedding_dense_backward.default and not turned and _is_sparse(made):
+            dy = graph.call_function(aten.unsqueeze.default, (made.args[0], 0))
+            bags = graph.call_function(aten.unsqueeze.default, (made.args[1], -1))
+            target, given = embedding_bag_accumulate_weight, ([total], dy, [bags], [], "sum", False)
         else:
             return
-        graph.call_function(linear_accumulate_weight, (total, dz, x))
+        graph.call_function(target, given)
     for node in (*chain, made):
+        graph.erase_node(node)
+
+
+def _is_sparse(look_up: fx.Node) -> bool:
+    """Whether most rows of a table's gradient are zero, and every other is a plain sum."""
+    _, indices, rows, padding, by_frequency = cast("tuple[Any, ...]", look_up.args)
+    value = indices.meta.get("val") if isinstance(indices, fx.Node) else None
+    return isinstance(value, Tensor) and value.numel() < rows and padding == -1 and not by_frequency
+
+
+def _rewrite_tables(graph: fx.Graph, made: fx.Node) -> None:
+    """All gradients of one call are added, each to a sum of its own, or they are left."""
+    dy, indices, offsets, rows, *options = cast("list[Any]", made.args)
+    totals: dict[int, Any] = {}
+    gone: list[fx.Node] = []
+    for part in made.users:
+        chain = [part]
+        while len(chain[-1].users) == 1 and _passes_on(next(iter(chain[-1].users))):
+            chain.append(next(iter(chain[-1].users)))
+        addition = next(iter(chain[-1].users), None)
+        if addition is None or len(chain[-1].users) > 1 or addition.target is not aten.add_.Tensor:
+            return
+        fits = _is_plain(addition) and not addition.users and addition.args[1] is chain[-1]
+        if not fits or not _is_summed_wide(part, len(chain) > 1):
+            return
+        totals[cast("int", part.args[1])] = addition.args[0]
+        gone += [addition, *reversed(chain)]
+    if len(totals) < len(rows) or len(set(totals.values())) < len(rows):
+        return
+    additions = [node for node in gone if node.target is aten.add_.Tensor]
+    last = next(node for node in reversed(graph.nodes) if node in additions)
+    with graph.inserting_before(last):
+        given = ([totals[place] for place in range(len(rows))], dy, indices, offsets, *options)
+        graph.call_function(embedding_bag_accumulate_weight, given)
+    for node in (*gone, made):
         graph.erase_node(node)
 
 

@@ -26,7 +26,29 @@ class Shared(nn.Module):
         return functional.mse_loss((h @ self.c)[:, -1].float(), y)
 
 
-def trained(hooks: Hooks, precision: str, seen: list[fx.GraphModule]) -> dict[str, Tensor]:
+class Tables(nn.Module):
+    """Bags of two tables, a table with more rows than are looked up, one with fewer, and one used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(rows, 3, mode="sum") for rows in (9, 20))
+        self.large, self.small = nn.Embedding(100, 3), nn.Embedding(9, 3)
+
+    def forward(self, i: Tensor, y: Tensor) -> Tensor:
+        bags = [bag(i) for bag in self.bags] + [self.bags[0](i.flip(1))]
+        h = sum(bags) + self.large(i).mean(1) * self.small(i[:, :3]).sum(1)
+        return functional.mse_loss(h, y)
+
+
+BATCHES = {
+    Shared: lambda: {"x": torch.randn(8, 5, 4), "y": torch.randn(8, 3)},
+    Tables: lambda: {"i": torch.randint(9, (8, 4)), "y": torch.randn(8, 3)},
+}
+
+
+def trained(
+    hooks: Hooks, precision: str, seen: list[fx.GraphModule], kind: type[nn.Module] = Shared
+) -> dict[str, Tensor]:
     """The weights after some steps of two micro-batches; `seen` gets the weight halves that have run."""
 
     def watched(module: fx.GraphModule) -> fx.GraphModule:
@@ -34,8 +56,7 @@ def trained(hooks: Hooks, precision: str, seen: list[fx.GraphModule]) -> dict[st
         return seen[-1]
 
     torch.manual_seed(0)
-    model = Shared()
-    batch = {"x": torch.randn(8, 5, 4), "y": torch.randn(8, 3)}
+    model, batch = kind(), BATCHES[kind]()
     with pipeline(
         model,
         batch,
@@ -67,6 +88,21 @@ def test_sums_are_those_of_products_then_additions(precision: str, bound: float,
     assert count(plain, aten.add_.Tensor) == 4 and count(plain, ADD) == 0
     # a twice, b and c; of a's bias both uses are left
     assert count(rewritten, ADD) == 4 and count(rewritten, aten.add_.Tensor) == 2
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= bound * value.norm(), name
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("bf16", 1e-2)])
+def test_only_rows_that_occur_are_added(precision: str, bound: float) -> None:
+    plain: list[fx.GraphModule] = []
+    rewritten: list[fx.GraphModule] = []
+    fused = Hooks(fuse=lambda module: fuse(module)[0], accumulate=accumulate)
+    expected = trained(Hooks(), precision, plain, Tables)
+    found = trained(fused, precision, rewritten, Tables)
+    tables = torch.ops.gpp_kernels.embedding_bag_accumulate_weight.default
+    # the bags of two tables, those of the first again, and the large table; of the small one all is added
+    assert count(plain, aten.add_.Tensor) == 4 and count(rewritten, aten.add_.Tensor) == 1
+    assert count(rewritten, tables) == 3
     for name, value in expected.items():
         assert (found[name] - value).norm() <= bound * value.norm(), name
 
