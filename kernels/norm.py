@@ -96,7 +96,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _load_gradient(
+def load_gradient(
     dy_row,
     x_row,
     weight_ptr,
@@ -150,7 +150,7 @@ def backward_input_kernel(
         mean = tl.load(mean_ptr + row, mask=here, other=0.0)
     column = tl.arange(0, WIDTH)
     if WHOLE:
-        g, normal, mask = _load_gradient(
+        g, normal, mask = load_gradient(
             dy_row, x_row, weight_ptr, mean, rstd, column, width, here, CENTRED, HAS_WEIGHT
         )
         slope = tl.sum(g * normal, axis=1) / width
@@ -163,7 +163,7 @@ def backward_input_kernel(
         total = tl.zeros((ROWS, WIDTH), tl.float32)
         product = tl.zeros((ROWS, WIDTH), tl.float32)
         for start in range(0, width, WIDTH):
-            g, normal, mask = _load_gradient(
+            g, normal, mask = load_gradient(
                 dy_row, x_row, weight_ptr, mean, rstd, start + column, width, here, CENTRED, HAS_WEIGHT
             )
             if CENTRED:
@@ -172,7 +172,7 @@ def backward_input_kernel(
         average = tl.sum(total, axis=1) / width
         slope = tl.sum(product, axis=1) / width
         for start in range(0, width, WIDTH):
-            g, normal, mask = _load_gradient(
+            g, normal, mask = load_gradient(
                 dy_row, x_row, weight_ptr, mean, rstd, start + column, width, here, CENTRED, HAS_WEIGHT
             )
             if CENTRED:
@@ -264,8 +264,8 @@ def normalise(
         forward_kernel,
         (blocks(rows.shape[0], how.rows),),
         rows,
-        _unit_stride(weight, rows),
-        _unit_stride(bias, rows),
+        unit_stride(weight, rows),
+        unit_stride(bias, rows),
         y,
         rstd if mean is None else mean,
         rstd,
@@ -295,9 +295,9 @@ def differentiate_input(
         (blocks(x_rows.shape[0], how.rows),),
         dy_rows,
         x_rows,
-        _unit_stride(mean, rstd),
+        unit_stride(mean, rstd),
         rstd.contiguous(),
-        _unit_stride(weight, x_rows),
+        unit_stride(weight, x_rows),
         dx,
         x_rows.shape[0],
         width,
@@ -332,7 +332,7 @@ def differentiate_weight(
         (groups, blocks(width, SUM_COLUMNS)),
         dy_rows,
         x_rows,
-        _unit_stride(mean, rstd),
+        unit_stride(mean, rstd),
         rstd.contiguous(),
         partial,
         rows,
@@ -361,6 +361,6 @@ def differentiate_weight(
     )
 
 
-def _unit_stride(vector: Tensor | None, stand_in: Tensor) -> Tensor:
+def unit_stride(vector: Tensor | None, stand_in: Tensor) -> Tensor:
     """The vector with its elements next to each other; where there is none a pointer that is not read."""
     return stand_in if vector is None else vector.contiguous()

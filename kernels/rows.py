@@ -20,9 +20,12 @@ class Configuration:
     warps: int
 
 
-def configuration(width: int) -> Configuration:
-    """A function of the width alone, so that a row's sums have one order whatever the batch."""
-    if width > WHOLE_ROW:
+def configuration(width: int, widest: int = WHOLE_ROW) -> Configuration:
+    """A function of the width alone, so that a row's sums have one order whatever the batch.
+
+    A kernel that needs more registers than others says what the `widest` row is that it keeps in them.
+    """
+    if width > widest:
         return Configuration(1, 4096, False, 8)
     block = power_of_two(width)
     rows = max(1, min(16, 1024 // block))

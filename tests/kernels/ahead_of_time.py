@@ -20,6 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from kernels import (
+    add_norm,
+    add_norm_backward,
+    add_norm_forward,
+    add_norm_gradient,
     bag_sums,
     cross_entropy,
     dropout,
@@ -36,6 +40,7 @@ from kernels import (
     rms_norm,
 )
 from kernels.rows import WHOLE_ROW
+from tests.thorough import ALL
 
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
@@ -100,6 +105,30 @@ def rms_norm_cases() -> Any:
         yield case, rms_norm.launch_forward, (x, vector, 1e-5)
         yield case, rms_norm.launch_backward_input, (x, x, number, vector)
     yield "rms norm", rms_norm.launch_backward_weight, (x, x, number, torch.float32)
+
+
+def add_norm_cases() -> Any:
+    """bfloat16 dropped and added to a float32 stream takes most registers; whole rows and a loop."""
+    position = empty(2, dtype=torch.int64)
+    half, single = torch.bfloat16, torch.float32
+    for dtype, stream, width, centred, dropped in (
+        (half, single, 1024, True, True),
+        (half, single, add_norm_backward.WHOLE_ROW, True, True),
+        (half, single, WHOLE_ROW + 1000, True, True),
+        *(((half, half, 1024, False, True), (half, half, WHOLE_ROW, True, False)) if ALL else ()),
+        *(((single, single, w, c, True) for w in (64, WHOLE_ROW) for c in (True, False)) if ALL else ()),
+    ):
+        x, residual, dy = (empty(64, width, dtype=t) for t in (dtype, stream, dtype))
+        vector, number = empty(width, dtype=stream), empty(64, dtype=single)
+        drop = (position, 1 << 62, width, 0.1) if dropped else (None, 0, 0, 0.0)
+        bias, mean = (vector, number) if centred else (None, None)
+        case = f"add norm {dtype} {stream} width {width} {centred} {dropped}"
+        yield case, add_norm.launch_forward, (x, residual, vector, bias, 1e-5, centred, dtype, *drop)
+        given = dy, residual, residual, mean, number, vector, stream
+        if dropped:
+            yield case, add_norm_gradient.launch_backward_both, (*given, dtype, *drop)
+        else:
+            yield case, add_norm_gradient.launch_backward, given
 
 
 def loss_cases() -> Any:
@@ -209,10 +238,21 @@ def main(architecture: int) -> None:
         print(json.dumps(row), flush=True)
 
     losses = (cross_entropy, pointwise_loss, reduction)
-    with_launches = (norm, linear, product, dropout, *losses, embedding_bag, bag_sums, interaction)
+    with_launches = (
+        norm,
+        add_norm_forward,
+        add_norm_backward,
+        linear,
+        product,
+        dropout,
+        *losses,
+        embedding_bag,
+        bag_sums,
+        interaction,
+    )
     for module in with_launches:
         module.launch = compile_only
-    norms = (*layer_norm_cases(), *rms_norm_cases(), *loss_cases(), *dropout_cases())
+    norms = (*layer_norm_cases(), *rms_norm_cases(), *add_norm_cases(), *loss_cases(), *dropout_cases())
     everything = (*norms, *embedding_bag_cases(), *interaction_cases(), *linear_cases())
     for case, function, arguments in everything:  # noqa: B007
         function(*arguments)

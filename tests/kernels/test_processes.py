@@ -53,6 +53,8 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
         "backward_input_kernel",
         "backward_weight_kernel",
         "finish_weight_kernel",
+        "add_norm_kernel",
+        "add_norm_backward_kernel",
         "dropout_kernel",
         "cross_entropy_kernel",
         "cross_entropy_backward_kernel",

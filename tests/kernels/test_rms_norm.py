@@ -120,7 +120,7 @@ MISTAKES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ops.rms_norm_backward_input(X, X, ROW, None), ValueError, "rstd must have x's leading"),
     (lambda: ops.rms_norm_backward_input(X[:2], X, ROW[:4], None), ValueError, "dy must have x's shape"),
     (
-        lambda: ops.rms_norm_backward_weight(X.half(), X, ROW[:4], torch.float32),
+        lambda: ops.rms_norm_backward_input(X.half(), X, ROW[:4], None),
         TypeError,
         "dy must be torch.float32",
     ),

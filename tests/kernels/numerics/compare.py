@@ -25,13 +25,14 @@ def assert_as_good_as_torch(
 ) -> None:
     """Result and every gradient of `ours` against `torchs` in float64, beside `torchs` at the given dtype."""
     wide = [None if t is None else t.double() for t in inputs]
-    triples = zip(
-        gradients(ours, inputs, dy),
-        gradients(torchs, inputs, dy),
-        gradients(torchs, wide, dy.double()),
-        strict=True,
+    assert_no_worse(
+        gradients(ours, inputs, dy), gradients(torchs, inputs, dy), gradients(torchs, wide, dy.double())
     )
-    for place, (mine, theirs, exact) in enumerate(triples):
+
+
+def assert_no_worse(ours: Sequence[Tensor], torchs: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Each result against the one in float64, beside torch's at the given dtype."""
+    for place, (mine, theirs, exact) in enumerate(zip(ours, torchs, right, strict=True)):
         assert mine.shape == exact.shape and mine.dtype == theirs.dtype
         assert mine.isfinite().all(), f"result {place}"
         error = (mine.double() - exact).norm().item()
