@@ -43,10 +43,27 @@ def keyed_stream(position_ptr, key, elements):
 
 
 @triton.jit
+def keyed_place(stream, counter):
+    """What the bits of an element are mixed from. `counter` is int64, of any shape."""
+    return stream + (counter + 1).to(tl.uint64, bitcast=True) * _GOLDEN
+
+
+@triton.jit
+def keyed_ahead(count):
+    """What to add to a place for that of an element `count`, an int64, further on."""
+    return count.to(tl.uint64, bitcast=True) * _GOLDEN
+
+
+@triton.jit
+def keyed_kept(place, threshold):
+    """Whether the elements at these places survive."""
+    return (_mix(place) >> 40).to(tl.int32) >= threshold
+
+
+@triton.jit
 def keyed_factor(stream, counter, threshold, scale):
     """What elements are multiplied by: `scale` or zero. `counter` is int64, of any shape."""
-    bits = _mix(stream + (counter + 1).to(tl.uint64, bitcast=True) * _GOLDEN) >> 40
-    return tl.where(bits.to(tl.int32) >= threshold, scale, 0.0)
+    return tl.where(keyed_kept(keyed_place(stream, counter), threshold), scale, 0.0)
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:

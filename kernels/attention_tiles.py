@@ -1,0 +1,255 @@
+"""What the kernels of attention have in common: their arguments, their tiles, and the scores of a tile.
+
+Scores are kept in base 2, t = scale * log2(e) * q k^T + mask * log2(e), so that a weight is exp2 of their
+difference to the row's statistics. A program's tile is [queries, keys] or, transposed, [keys, queries]: the
+functions take indices that broadcast to it.
+"""
+
+# Kernel parameters have no Python types: mypy sees the functions that a host calls.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .keyed import check_keyed, threshold_and_scale
+from .launch import power_of_two
+from .library import check_dtype, check_tensors, require
+from .product import precision
+
+LARGEST_HEAD = 128
+LOG2_E = 1.4426950408889634
+NO_MASK, BOOLEAN, ADDED = 0, 1, 2
+LOWEST = 0.97  # of the lowest number: below it no finite mask goes, so its scores stay finite in base 2
+
+_LOG2_E, _BOOLEAN, _ADDED = tl.constexpr(LOG2_E), tl.constexpr(BOOLEAN), tl.constexpr(ADDED)
+_LEAST = tl.constexpr(LOWEST * torch.finfo(torch.float32).min)
+
+# Sizes that change from batch to batch, or with the node: no kernel is compiled anew for them.
+NOT_SPECIALIZED = ["heads", "queries", "keys", "node_key", "elements", "threshold"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries (or keys, where those are what a program owns) of a program, and what it takes at a time."""
+
+    own: int
+    step: int
+    warps: int
+    stages: int
+
+
+def configuration(kernel: str, head: int, dtype: torch.dtype) -> Tile:
+    """For `forward`, `query` and `key_value`; `step`, which orders sums, follows from dtype and head size."""
+    if dtype.itemsize > 2:
+        return Tile(32, 32, 4, 2)
+    if kernel == "forward":
+        return Tile(128, 64, 8 if head > 64 else 4, 3)
+    return Tile(64, 64, 4, 2)
+
+
+@triton.jit
+def head_base(pointer, strides, sample, head):
+    """Where a head begins. Indices are int64."""
+    return pointer + sample * strides[0] + head * strides[1]
+
+
+@triton.jit
+def head_rows(base, row, stride, count, HEAD: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr):
+    """Rows of a head, zeros where they lie beyond `count`, as only those of a BOUNDED block may."""
+    column = tl.arange(0, WIDTH)
+    pointer = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if BOUNDED:
+        inside = (row < count)[:, None] & (column < HEAD)[None, :]
+        value = tl.load(pointer, mask=inside, other=0.0)
+    elif HEAD < WIDTH:
+        value = tl.load(pointer, mask=(column < HEAD)[None, :], other=0.0)
+    else:
+        value = tl.load(pointer)
+    return value
+
+
+@triton.jit
+def store_head_rows(base, row, stride, count, value, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the rows that there are, in the dtype of `base`."""
+    column = tl.arange(0, WIDTH)
+    pointer = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    inside = (row < count)[:, None] & (column < HEAD)[None, :]
+    tl.store(pointer, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def query_block(queries, OWN: tl.constexpr):
+    """(head among those of all samples, first query) of a program; the last queries, for which a causal
+    program takes longest, come first."""
+    row_blocks = tl.cdiv(queries, OWN)
+    index = (tl.program_id(0) // row_blocks).to(tl.int64)
+    return index, (row_blocks - 1 - tl.program_id(0) % row_blocks) * OWN
+
+
+@triton.jit
+def key_range(first_row, keys, CAUSAL: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+    """(end of the blocks of keys that all count for a block of queries, end of those that may count)."""
+    end = keys
+    whole = keys // STEP * STEP
+    if CAUSAL:
+        end = tl.minimum(keys, first_row + OWN)
+        whole = tl.minimum(whole, (first_row + 1) // STEP * STEP)
+    return whole, end
+
+
+@triton.jit
+def allowed_scores(t, row, column, keys, CAUSAL: tl.constexpr):
+    """-inf in the place of scores of keys that do not exist or come after the query."""
+    inside = column < keys
+    if CAUSAL:
+        inside = inside & (column <= row)
+    return tl.where(inside, t, float("-inf"))
+
+
+@triton.jit
+def masked_scores(t, row, column, mask, queries, keys, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """The scores under the mask of one head, (pointer, strides); without MASK_ROWS it is the same for all
+    queries.
+
+    A finite number added stays finite in base 2, however low: a row in which all keys have the lowest number
+    has equal weights, as with torch.
+    """
+    if MASK != 0:
+        base, strides = mask
+        pointer = base + column.to(tl.int64) * strides[3]
+        inside = column < keys
+        if MASK_ROWS:
+            pointer = pointer + row.to(tl.int64) * strides[2]
+            inside = inside & (row < queries)
+        value = tl.load(pointer, mask=inside, other=0)
+        if MASK == _BOOLEAN:
+            t = tl.where(value != 0, t, float("-inf"))
+        else:
+            natural = value.to(tl.float32)
+            added = natural * _LOG2_E
+            lost = (added == float("-inf")) & (natural != float("-inf"))
+            t += tl.where(lost, _LEAST, added)
+    return t
+
+
+@triton.jit
+def weights_again(t, peak, log_sum, MASK: tl.constexpr):
+    """Weights from scores and the statistics of their rows."""
+    if MASK == _ADDED:
+        return tl.exp2((t - peak) - log_sum)  # the peak may be so low that the sum of both is the peak
+    return tl.exp2(t - (peak + log_sum))
+
+
+def kernel_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as [samples, heads, queries, keys], not copied; booleans as bytes."""
+    if mask is None:
+        return None
+    plain = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    return plain.expand(*query.shape[:3], key.shape[2])
+
+
+def along(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous; copied only if it is not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def shaped_like(tensor: Tensor) -> Tensor:
+    """A new tensor [samples, heads, rows, head]; the rows lie outside the heads in memory where they do so in
+    `tensor`, as in views of a projection, so that views of the result need no copy either."""
+    samples, heads, rows, head = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty((samples, rows, heads, head)).transpose(1, 2)
+    return tensor.new_empty((samples, heads, rows, head))
+
+
+def score_scale(scale: float | None, head: int) -> float:
+    """What products of queries and keys are multiplied by: one by the root of the head size by default."""
+    return 1.0 / math.sqrt(head) if scale is None else scale
+
+
+def common(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    position: Tensor | None,
+    node_key: int,
+    elements: int,
+    p: float,
+    causal: bool,
+    scale: float | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first arguments of all three kernels, and their constants."""
+    head = query.shape[-1]
+    query, key, value = along(query), along(key), along(value)
+    wide = kernel_mask(mask, query, key)
+    dropping = position is not None and p > 0.0
+    arguments = (
+        *(query, query.stride(), key, key.stride(), value, value.stride()),
+        *((query, (0, 0, 0, 0)) if wide is None else (wide, wide.stride())),
+        query if position is None else position,
+        *(query.shape[1], query.shape[1] // max(1, key.shape[1]), query.shape[2], key.shape[2]),
+        *(node_key, elements),
+        *(threshold_and_scale(p) if dropping else (0, 1.0)),
+        score_scale(scale, head) * LOG2_E,
+    )
+    constants = {
+        "CAUSAL": causal,
+        "DROPOUT": dropping,
+        "MASK": NO_MASK if mask is None else BOOLEAN if mask.dtype == torch.bool else ADDED,
+        "MASK_ROWS": wide is not None and wide.stride(2) != 0,
+        "PRECISION": precision(),
+        "HEAD": head,
+        "WIDTH": max(16, power_of_two(head)),
+    }
+    return arguments, constants
+
+
+def check_attention(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    position: Tensor | None,
+    node_key: int,
+    elements: int,
+    p: float,
+    causal: bool,
+    scale: float | None,
+) -> None:
+    """query [samples, heads, queries, head], key and value [samples, its heads, keys, head], of one dtype."""
+    check_tensors(name, query=query, key=key, value=value)
+    for given, tensor in (("query", query), ("key", key), ("value", value)):
+        rule = "have four dimensions: samples, heads, rows, head size"
+        require(tensor.dim() == 4, name, given, rule, tuple(tensor.shape))
+        check_dtype(name, given, tensor, query.dtype)
+    samples, heads, queries, head = query.shape
+    rule = f"have a head size from 1 to {LARGEST_HEAD}"
+    require(1 <= head <= LARGEST_HEAD, name, "query", rule, head)
+    fits = key.shape[0] == samples and key.shape[3] == head
+    require(fits, name, "key", f"have query's {samples} samples and head size {head}", tuple(key.shape))
+    same = value.shape == key.shape
+    require(same, name, "value", f"have key's shape {tuple(key.shape)}", tuple(value.shape))
+    shared = key.shape[1]
+    divides = heads == shared or (shared > 0 and heads % shared == 0)
+    require(divides, name, "key", f"have a number of heads that divides query's {heads}", shared)
+    if mask is not None:
+        allowed = (torch.bool, query.dtype, torch.float32)
+        check_dtype(name, "mask", mask, *allowed)
+        full = (samples, heads, queries, key.shape[2])
+        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+        stretches = mask.dim() <= 4 and all(size == 1 or size == whole for size, whole in sizes)
+        require(stretches, name, "mask", f"broadcast to {full}", tuple(mask.shape))
+        on = mask.device == query.device
+        require(on, name, "mask", f"be on {query.device} like query", mask.device)
+    if position is not None:
+        check_keyed(name, position, elements, p, query)
+    else:
+        require(p == 0.0, name, "p", "be 0 without a position", p)
