@@ -192,7 +192,7 @@ def launch_forward(
     options = (mask, position, node_key, elements, p, causal, scale)
     y, peak, log_sum = empty_forward(query)
     arguments, constants = common(query, key, value, *options)
-    tile = configuration("forward", query.shape[3], query.dtype)
+    tile = configuration("forward", query.shape[3], query.dtype, constants["MASK_ROWS"])
     launch(
         attention_forward_kernel,
         (blocks(query.shape[2], tile.own) * query.shape[0] * query.shape[1],),

@@ -47,7 +47,7 @@ def _take_queries(
     threshold,
     drop_scale,
     scale,
-    DIAGONAL: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
@@ -56,10 +56,8 @@ def _take_queries(
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """(dk, dv) with one more block of queries; those of DIAGONAL blocks may come before some of the keys.
-
-    Queries that do not exist have weights of zero; keys that do not exist are not stored.
-    """
+    """(dk, dv) with one more block of queries. Those that do not exist have weights of zero; keys that do not
+    exist are not stored."""
     row = start + tl.arange(0, STEP)
     query = head_rows(q[0], row, q[1], queries, HEAD, WIDTH, True)
     gradient = head_rows(dy[0], row, dy[1], queries, HEAD, WIDTH, True)
@@ -68,7 +66,7 @@ def _take_queries(
     delta = tl.load(delta_base + row, mask=row < queries, other=0.0)
     t = tl.dot(k, tl.trans(query), input_precision=PRECISION) * scale
     t = masked_scores(t, row[None, :], column[:, None], mask, queries, keys, MASK, MASK_ROWS)
-    if DIAGONAL:
+    if CAUSAL:
         t = allowed_scores(t, row[None, :], column[:, None], keys, True)
     weight = weights_again(t, peak[None, :], log_sum[None, :], MASK)
     dweight = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
@@ -136,10 +134,9 @@ def attention_key_value_kernel(
     v = head_rows(v_base, column, v_strides[2], keys, HEAD, WIDTH, True)
     dk = tl.zeros((OWN, WIDTH), tl.float32)
     dv = tl.zeros((OWN, WIDTH), tl.float32)
-    begin, whole = 0, 0
+    begin = 0
     if CAUSAL:
         begin = first_column // STEP * STEP
-        whole = tl.minimum(tl.cdiv(first_column + OWN - 1, STEP), tl.cdiv(queries, STEP)) * STEP
     for member in range(0, group):
         head = shared * group + member
         first_row = (sample * heads + head) * queries
@@ -150,19 +147,12 @@ def attention_key_value_kernel(
         if DROPOUT:
             stream, first = keyed_stream(position_ptr, node_key, elements)
             places = keyed_place(stream, first + first_row * keys + column)
-        for start in range(begin, whole, STEP):
+        for start in range(begin, queries, STEP):
             dk, dv = _take_queries(
                 *(dk, dv, k, v, places, column, start, q, dy, peak_ptr + first_row),
                 *(log_sum_ptr + first_row, delta_ptr + first_row, mask),
-                *(queries, keys, threshold, drop_scale, scale, True),
-                *(DROPOUT, MASK, MASK_ROWS, PRECISION, HEAD, WIDTH, STEP),
-            )
-        for start in range(whole, queries, STEP):
-            dk, dv = _take_queries(
-                *(dk, dv, k, v, places, column, start, q, dy, peak_ptr + first_row),
-                *(log_sum_ptr + first_row, delta_ptr + first_row, mask),
-                *(queries, keys, threshold, drop_scale, scale, False),
-                *(DROPOUT, MASK, MASK_ROWS, PRECISION, HEAD, WIDTH, STEP),
+                *(queries, keys, threshold, drop_scale, scale),
+                *(CAUSAL, DROPOUT, MASK, MASK_ROWS, PRECISION, HEAD, WIDTH, STEP),
             )
     dk_base = head_base(dk_ptr, dk_strides, sample, shared)
     store_head_rows(dk_base, column, dk_strides[2], keys, dk * (scale / _LOG2_E), HEAD, WIDTH)

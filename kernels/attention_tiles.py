@@ -44,13 +44,20 @@ class Tile:
     stages: int
 
 
-def configuration(kernel: str, head: int, dtype: torch.dtype) -> Tile:
-    """For `forward`, `query` and `key_value`; `step`, which orders sums, follows from dtype and head size."""
+def configuration(kernel: str, head: int, dtype: torch.dtype, mask_rows: bool) -> Tile:
+    """For `forward`, `query` and `key_value`; `step`, which orders sums, follows from dtype and head size.
+
+    What else a program owns must leave its registers room, above all beside a mask that differs from query to
+    query.
+    """
+    large = head > 64
     if dtype.itemsize > 2:
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 8 if large else 4, 1 if kernel == "forward" else 2)
     if kernel == "forward":
-        return Tile(128, 64, 8 if head > 64 else 4, 3)
-    return Tile(64, 64, 4, 2)
+        return Tile(64, 64, 8, 2) if large and mask_rows else Tile(128, 64, 8, 3)
+    if kernel == "query":
+        return Tile(64, 32, 4, 2) if large and mask_rows else Tile(128, 32, 8, 3)
+    return Tile(64, 32, 8, 2) if large or mask_rows else Tile(128, 32, 8, 3)
 
 
 @triton.jit
