@@ -153,7 +153,7 @@ class StageWork:
         names = [op.name for op in captured.graph.operators if self.stage.belongs(op.name)]
         roots = Roots(captured.roots, captured.train.loss.weight is None)
         batch = self.stage.batch(sizes, self.samples)
-        run = passes(captured.traced, names, self.samples, roots, batch, device, hooks_of(provider))
+        run = passes(captured.traced, names, self.samples, roots, batch, device, hooks_of(provider, device))
 
         def call() -> None:
             with torch.no_grad():
@@ -162,9 +162,9 @@ class StageWork:
         return call
 
 
-def hooks_of(provider: str) -> Hooks:
+def hooks_of(provider: str, device: torch.device) -> Hooks:
     """As `kernels=` of a configuration gives them."""
-    return hooks(OmegaConf.create({"kernels": {"name": provider}}))
+    return hooks(OmegaConf.create({"kernels": {"name": provider}}), device)
 
 
 def traced(stage: Stage, dtype: str, device: torch.device) -> Captured:

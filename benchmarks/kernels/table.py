@@ -12,8 +12,8 @@ from .stages import PROVIDERS
 from .targets import targets
 
 TIMES = (
-    "GPU time as the median and, in brackets, what a tenth is below and above. No graph: time of plain calls, "
-    "of what waits for the device and cannot be in a CUDA graph."
+    "GPU time as the median and, in brackets, what a tenth is below and above. No graph: time of plain "
+    "calls, of what waits for the device and cannot be in a CUDA graph."
 )
 
 
