@@ -1,5 +1,6 @@
 """Optimizer and learning rates from the configuration: any class of torch.optim and of its lr_scheduler."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,13 +58,27 @@ class OptimizerMaker:
 
     def _made(self, parameters: list[Any], options: Mapping[str, Any]) -> torch.optim.Optimizer:
         kind = locate(self.target, "optimizer")
+        given = {**self.options, **options}
         try:
-            made = kind(parameters, **{**self.options, **options})
+            made = kind(parameters, **one_launch(kind, parameters, given), **given)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"optimizer._target_={self.target}: {error}") from error
         if not isinstance(made, torch.optim.Optimizer):
             raise SettingsError(f"optimizer._target_={self.target} is not a torch.optim.Optimizer")
         return made
+
+
+def one_launch(kind: Any, parameters: Sequence[Any], options: Mapping[str, Any]) -> dict[str, bool]:
+    """`fused=True` where all parameters are on GPUs, the class knows it, and the user chose no other way.
+
+    torch's fused AdamW updates all parameters of a stage in a few launches. Weights and summed gradients are
+    float32 there whatever a stage computes in, so nothing is left for a kernel of this project's own to save.
+    """
+    tensors = [t for p in parameters for t in (p["params"] if isinstance(p, dict) else [p])]
+    chosen_already = any(options.get(way) for way in ("fused", "foreach", "differentiable", "capturable"))
+    if "fused" in options or chosen_already or not tensors or not all(t.is_cuda for t in tensors):
+        return {}
+    return {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
 
 
 def optimizer_maker(arguments: Arguments) -> OptimizerMaker:

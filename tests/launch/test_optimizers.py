@@ -6,10 +6,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from gpp.api.optimizer import optimizer_factor
 from gpp.capture.export import CaptureError
-from launch.optimizers import OptimizerMaker, optimizer_maker, scheduler_maker
+from launch.optimizers import OptimizerMaker, one_launch, optimizer_maker, scheduler_maker
 from launch.settings import SettingsError
 from launch.start import CONF
 from tests.equality import models
@@ -152,3 +153,20 @@ def test_no_scheduler() -> None:
 def test_schedulers_that_cannot_be(node: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         rates(node, 1)
+
+
+def test_on_a_gpu_one_launch_updates_all() -> None:
+    with FakeTensorMode():
+        there, here = (nn.Parameter(torch.zeros(2, 2, device=d)) for d in ("cuda", "cpu"))
+    adamw, sgd, rprop = torch.optim.AdamW, torch.optim.SGD, torch.optim.Rprop
+    for kind, parameters, options, fused in (
+        (adamw, [there], {}, True),
+        (sgd, [{"params": [there]}, {"params": []}], {"lr": 0.1}, True),
+        (adamw, [there, here], {}, False),
+        (adamw, [here], {}, False),
+        (adamw, [], {}, False),
+        (adamw, [there], {"foreach": True}, False),
+        (adamw, [there], {"fused": False}, False),
+        (rprop, [there], {}, False),
+    ):
+        assert one_launch(kind, parameters, options) == ({"fused": True} if fused else {})
