@@ -16,7 +16,7 @@ from .keyed import keyed_factor, keyed_stream, threshold_and_scale
 from .launch import blocks, launch
 from .library import as_rows
 from .norm import load_gradient, unit_stride
-from .rows import configuration
+from .rows import configuration, nested_rows
 
 WHOLE_ROW = 8192  # the bits of a dropout take as many registers again as a row's gradients
 
@@ -48,7 +48,7 @@ def _store_gradients(
         tl.store(dx_row + column[None, :], total.to(dx_row.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "key", "elements", "threshold"])
+@triton.jit(do_not_specialize=["rows", "dy_inner", "ds_inner", "key", "elements", "threshold"])
 def add_norm_backward_kernel(
     dy_ptr,
     ds_ptr,
@@ -61,13 +61,18 @@ def add_norm_backward_kernel(
     position_ptr,
     rows,
     width,
+    dy_inner,
+    dy_outer_stride,
     dy_stride,
+    ds_inner,
+    ds_outer_stride,
     ds_stride,
     s_stride,
     key,
     elements,
     threshold,
     scale,
+    NESTED: tl.constexpr,
     CENTRED: tl.constexpr,
     DROPPED: tl.constexpr,
     TWO: tl.constexpr,
@@ -80,8 +85,11 @@ def add_norm_backward_kernel(
     """The gradients of both addends of one block of rows; of the residual alone if not TWO."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < rows
-    dy_row = dy_ptr + row[:, None] * dy_stride
-    ds_row = ds_ptr + row[:, None] * ds_stride
+    dy_place, ds_place = row * dy_stride, row * ds_stride
+    if NESTED:
+        dy_place = row // dy_inner * dy_outer_stride + row % dy_inner * dy_stride
+        ds_place = row // ds_inner * ds_outer_stride + row % ds_inner * ds_stride
+    dy_row, ds_row = dy_ptr + dy_place[:, None], ds_ptr + ds_place[:, None]
     s_row = s_ptr + row[:, None] * s_stride
     dx_row = dx_ptr + row[:, None] * width
     dresidual_row = dresidual_ptr + row[:, None] * width
@@ -165,14 +173,14 @@ def differentiate_sum(
 ) -> None:
     """Write the gradient of the residual, and that of x where there is a tensor for it."""
     width = s.shape[-1]
-    dy_rows, s_rows = as_rows(dy, width), as_rows(s, width)
-    ds_rows = dy_rows if ds is None else as_rows(ds, width)
+    dy_rows, s_rows = nested_rows(dy), as_rows(s, width)
+    ds_rows = dy_rows if ds is None else nested_rows(ds)
     how = configuration(width, WHOLE_ROW)
     launch(
         add_norm_backward_kernel,
         (blocks(s_rows.shape[0], how.rows),),
-        dy_rows,
-        ds_rows,
+        dy_rows.tensor,
+        ds_rows.tensor,
         s_rows,
         unit_stride(mean, rstd),
         rstd.contiguous(),
@@ -182,12 +190,17 @@ def differentiate_sum(
         unit_stride(dropped.position, rstd),
         s_rows.shape[0],
         width,
-        dy_rows.stride(0),
-        ds_rows.stride(0),
+        dy_rows.inner,
+        dy_rows.outer_stride,
+        dy_rows.inner_stride,
+        ds_rows.inner,
+        ds_rows.outer_stride,
+        ds_rows.inner_stride,
         s_rows.stride(0),
         dropped.key,
         dropped.elements,
         *threshold_and_scale(dropped.p),
+        NESTED=not (dy_rows.even and ds_rows.even),
         CENTRED=mean is not None,
         DROPPED=dropped.position is not None,
         TWO=dx is not None,

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from .keyed import keyed_factor, keyed_stream, threshold_and_scale
 from .launch import blocks, launch
-from .library import as_rows
 from .norm import unit_stride
-from .rows import configuration
+from .rows import configuration, nested_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ def _store_result(
     tl.store(y_row + column[None, :], y.to(y_row.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "key", "elements", "threshold"])
+@triton.jit(do_not_specialize=["rows", "x_inner", "residual_inner", "key", "elements", "threshold"])
 def add_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -81,13 +80,18 @@ def add_norm_kernel(
     position_ptr,
     rows,
     width,
+    x_inner,
+    x_outer_stride,
     x_stride,
+    residual_inner,
+    residual_outer_stride,
     residual_stride,
     eps,
     key,
     elements,
     threshold,
     scale,
+    NESTED: tl.constexpr,
     CENTRED: tl.constexpr,
     DROPPED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -99,8 +103,13 @@ def add_norm_kernel(
     """One block of rows: the sum, its statistics, then y."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < rows
-    x_row = x_ptr + row[:, None] * x_stride
-    residual_row = residual_ptr + row[:, None] * residual_stride
+    x_place, residual_place = row * x_stride, row * residual_stride
+    if NESTED:
+        x_place = row // x_inner * x_outer_stride + row % x_inner * x_stride
+        residual_place = (
+            row // residual_inner * residual_outer_stride + row % residual_inner * residual_stride
+        )
+    x_row, residual_row = x_ptr + x_place[:, None], residual_ptr + residual_place[:, None]
     s_row = s_ptr + row[:, None] * width
     y_row = y_ptr + row[:, None] * width
     column = tl.arange(0, WIDTH)
@@ -172,13 +181,14 @@ def normalise_sum(
 ) -> None:
     """Write y, the sum and the float32 statistics of its rows; RMS norm where there is no `mean`."""
     width = s.shape[-1]
-    x_rows, residual_rows = as_rows(x, width), as_rows(residual, width)
+    rows = rstd.numel()
+    x_rows, residual_rows = nested_rows(x), nested_rows(residual)
     how = configuration(width)
     launch(
         add_norm_kernel,
-        (blocks(x_rows.shape[0], how.rows),),
-        x_rows,
-        residual_rows,
+        (blocks(rows, how.rows),),
+        x_rows.tensor,
+        residual_rows.tensor,
         unit_stride(weight, s),
         unit_stride(bias, s),
         y,
@@ -186,14 +196,19 @@ def normalise_sum(
         unit_stride(mean, rstd),
         rstd,
         unit_stride(dropped.position, s),
-        x_rows.shape[0],
+        rows,
         width,
-        x_rows.stride(0),
-        residual_rows.stride(0),
+        x_rows.inner,
+        x_rows.outer_stride,
+        x_rows.inner_stride,
+        residual_rows.inner,
+        residual_rows.outer_stride,
+        residual_rows.inner_stride,
         eps,
         dropped.key,
         dropped.elements,
         *threshold_and_scale(dropped.p),
+        NESTED=not (x_rows.even and residual_rows.even),
         CENTRED=mean is not None,
         DROPPED=dropped.position is not None,
         HAS_WEIGHT=weight is not None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .library import KERNEL_DTYPES
+from .patterns.add_norm import add_norms
 from .patterns.dropout import dropouts
 from .patterns.embedding import EMBEDDINGS
 from .patterns.interaction import INTERACTIONS
@@ -78,7 +79,15 @@ def _module_of(node: fx.Node) -> str:
 
 def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
     """The patterns by the targets of the nodes they start at."""
-    return (EMBEDDINGS, INTERACTIONS, LOSSES, NORMS, LINEAR, {} if keyed is None else dropouts(keyed))
+    return (
+        EMBEDDINGS,
+        INTERACTIONS,
+        LOSSES,
+        add_norms(keyed),
+        NORMS,
+        LINEAR,
+        {} if keyed is None else dropouts(keyed),
+    )
 
 
 def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.GraphModule, FuseReport]:
@@ -99,9 +108,10 @@ def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.G
             if node in gone or node.op != "call_function" or node.target not in phase:
                 continue
             try:
-                match = _checked(phase[node.target](node))
-                fused.append(_replace(result, match, _module_of(node)))
-                gone.update(match.nodes)
+                match = phase[node.target](node)
+                if match is not None:
+                    fused.append(_replace(result, _checked(match), _module_of(node)))
+                    gone.update(match.nodes)
             except LeftAlone as error:
                 left.append(Left(node.name, _name(node), str(error), _module_of(node)))
     targets = {target for phase in patterns for target in phase}
@@ -113,9 +123,11 @@ def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.G
                     left.append(Left(f"{path}.{node.name}", _name(node), reason, _module_of(node)))
     result.graph.lint()
     result.recompile()
+    taken = {name for item in fused for name in item.nodes}
+    reasons = {item.node: item for item in left if item.node not in taken}  # the last pattern's, if several
     place = {node.name: index for index, node in enumerate(graph_module.graph.nodes)}
     fused.sort(key=lambda item: place.get(item.nodes[0], len(place)))
-    left.sort(key=lambda item: place.get(item.node, len(place)))
+    left = sorted(reasons.values(), key=lambda item: place.get(item.node, len(place)))
     return result, FuseReport(tuple(fused), tuple(left))
 
 
@@ -152,9 +164,10 @@ def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
         for reader in result.users:
             if reader not in match.nodes and place[reader] < place[start]:
                 raise LeftAlone(f"{reader.name} reads {result.name} before all arguments are there")
-    for node in list(graph.nodes)[place[match.nodes[0]] : place[start]]:
+    last = max(start, match.nodes[-1], key=place.__getitem__)
+    for node in list(graph.nodes)[place[match.nodes[0]] : place[last]]:
         if node not in match.nodes and _overwrites(node):
-            raise LeftAlone(f"{node.name} overwrites something between its arguments")
+            raise LeftAlone(f"{node.name} overwrites something between its nodes")
     with graph.inserting_before(start):
         call = graph.call_function(
             match.operator, mapped(match.arguments, lambda n: n, partial(_call, graph))
@@ -175,6 +188,9 @@ def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
         old.replace_all_uses_with(new)
     for node in reversed(match.nodes):
         graph.erase_node(node)
+    for node in made:
+        if node is not call and not node.users:
+            graph.erase_node(node)
     return Fused(str(match.operator), tuple(node.name for node in match.nodes), inside)
 
 

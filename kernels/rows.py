@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .launch import power_of_two
+from .library import as_rows
 
 WHOLE_ROW = 16384  # elements of the widest row that is kept in registers
 
@@ -38,6 +39,36 @@ class Block:
 
     elements: int
     warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class NestedRows:
+    """Rows of which row i starts at (i // inner) * outer_stride + (i % inner) * inner_stride."""
+
+    tensor: Tensor
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    even: bool  # whether there is but one stride
+
+
+def nested_rows(tensor: Tensor) -> NestedRows:
+    """The rows of a tensor, be it transposed; copied only if its strides are of more levels than two."""
+    levels: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = levels[-1][0] * size, stride
+        elif size != 1:
+            levels.append((size, stride))
+    width = tensor.shape[-1]
+    if len(levels) > 2 or (width > 1 and tensor.stride(-1) != 1):
+        rows = as_rows(tensor, width)
+        return NestedRows(rows, max(rows.shape[0], 1), 0, rows.stride(0), True)
+    if len(levels) == 2:
+        (_, outer), (inner, stride) = levels
+        return NestedRows(tensor, max(inner, 1), outer, stride, False)
+    count, stride = levels[0] if levels else (1, width)
+    return NestedRows(tensor, max(count, 1), 0, stride, True)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

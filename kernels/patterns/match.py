@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten._to_copy.default)
 
-Pattern = Callable[[fx.Node], "Match"]  # raises LeftAlone
+Pattern = Callable[[fx.Node], "Match | None"]  # None: nothing of the kind starts here; raises LeftAlone
 
 
 class LeftAlone(Exception):

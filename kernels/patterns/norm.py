@@ -4,6 +4,7 @@ layer_norm, rms_norm -> gpp_kernels.layer_norm, rms_norm
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +20,38 @@ from .match import LeftAlone, Match, Pattern, arguments, made
 aten = torch.ops.aten
 
 
-def _layer_norm(node: fx.Node) -> Match:
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """What a norm over the last dimension is given; RMS norm is not centred and has no bias."""
+
+    input: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    eps: float
+    centred: bool
+
+
+def norm_arguments(node: fx.Node) -> Norm:
+    """The arguments of a norm; LeftAlone if it takes more than the last dimension."""
     given = arguments(node)
-    _last_dimension_alone(given)
-    taken = tuple(given[key] for key in ("input", "weight", "bias", "eps"))
+    if len(given["normalized_shape"]) != 1:
+        raise LeftAlone(f"it normalises {len(given['normalized_shape'])} dimensions, the operator one")
+    eps = given["eps"]
+    if eps is None:  # torch's default: the unit in the last place of what it computes in
+        eps = torch.finfo(statistics_dtype(made(node))).eps
+    centred = node.target is aten.layer_norm.default
+    return Norm(given["input"], given["weight"], given.get("bias"), eps, centred)
+
+
+def _layer_norm(node: fx.Node) -> Match:
+    norm = norm_arguments(node)
+    taken = (norm.input, norm.weight, norm.bias, norm.eps)
     return Match((node,), layer_norm, taken, check_layer_norm, (node,))
 
 
 def _rms_norm(node: fx.Node) -> Match:
-    given = arguments(node)
-    _last_dimension_alone(given)
-    eps = given["eps"]
-    if eps is None:  # torch's default: the unit in the last place of what it computes in
-        eps = torch.finfo(statistics_dtype(made(node))).eps
-    return Match((node,), rms_norm, (given["input"], given["weight"], eps), check_rms_norm, (node,))
-
-
-def _last_dimension_alone(given: dict[str, Any]) -> None:
-    if len(given["normalized_shape"]) != 1:
-        raise LeftAlone(f"it normalises {len(given['normalized_shape'])} dimensions, the operator one")
+    norm = norm_arguments(node)
+    return Match((node,), rms_norm, (norm.input, norm.weight, norm.eps), check_rms_norm, (node,))
 
 
 NORMS: Mapping[Any, Pattern] = {aten.layer_norm.default: _layer_norm, aten.rms_norm.default: _rms_norm}

@@ -119,7 +119,10 @@ def add_norm_cases() -> Any:
         *(((single, single, w, c, True) for w in (64, WHOLE_ROW) for c in (True, False)) if ALL else ()),
     ):
         x, residual, dy = (empty(64, width, dtype=t) for t in (dtype, stream, dtype))
-        vector, number = empty(width, dtype=stream), empty(64, dtype=single)
+        if ALL:  # as a layer has them that puts its samples in dimension 1
+            x = x.view(8, 8, width).transpose(0, 1)
+            residual, dy = residual.view(8, 8, width), dy.view(8, 8, width).transpose(0, 1)
+        vector, number = empty(width, dtype=stream), empty(*x.shape[:-1], dtype=single)
         drop = (position, 1 << 62, width, 0.1) if dropped else (None, 0, 0, 0.0)
         bias, mean = (vector, number) if centred else (None, None)
         case = f"add norm {dtype} {stream} width {width} {centred} {dropped}"

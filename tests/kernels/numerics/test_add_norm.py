@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from kernels.add_norm import add_norm
 from kernels.keyed import reference_factor
-from kernels.rows import WHOLE_ROW
+from kernels.rows import WHOLE_ROW, nested_rows
 from tests.kernels.numerics.compare import DTYPE_NAMES, DTYPES, assert_as_good_as_torch, assert_no_worse
 
 EPS, KEY, P = 1e-5, 7140753179600768748, 0.3
@@ -153,6 +153,7 @@ def test_strides(device: str) -> None:
     for x, residual in (
         (base[::2], other[1::2]),
         (base[:, ::2], other[:, :3]),
+        (base.transpose(0, 1), other[:6, :1].expand(6, 8, 48)),
         (base.transpose(1, 2), other.transpose(1, 2)),
         (base[..., 3:40], other[..., 5:42]),
         (base[:1].expand(5, 6, 48), other[:5]),
@@ -160,8 +161,23 @@ def test_strides(device: str) -> None:
     ):
         case = Case(True, at(device))
         weight = random(2 * x.shape[-1], dtype=x.dtype, device=device, seed=2)[::2]
-        dy = random(*x.transpose(0, -1).shape, dtype=x.dtype, device=device, seed=3).transpose(0, -1)
-        assert_right(case, [x, residual, weight, None], dy, dy[:1, :1, :1].expand_as(x))
+        assert_right(case, [x, residual, weight, None], residual, x)
+    assert_right(case, [x, residual, weight, None], x[:1, :1, :1].expand_as(x), None)
+
+
+def test_transposed_rows_are_not_copied() -> None:
+    base = torch.randn(5, 4, 3, 2, 8)
+    for x in (base, base.transpose(0, 1)[0], base[:, :, 1], base[2:, ::2].flatten(2, 3), base[1, 1, 1, 0]):
+        rows = nested_rows(x)
+        count = x.numel() // 8
+        first = [
+            (i // rows.inner) * rows.outer_stride + (i % rows.inner) * rows.inner_stride for i in range(count)
+        ]
+        assert rows.tensor is x
+        start = x.storage_offset()
+        found = torch.stack([base.view(-1)[start + i : start + i + 8] for i in first])
+        assert torch.equal(found, x.reshape(count, 8))
+    assert nested_rows(base.transpose(0, 2)).tensor.shape == (120, 8), "three levels"
 
 
 def test_no_rows(device: str) -> None:
