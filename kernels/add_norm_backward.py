@@ -17,6 +17,7 @@ from .launch import blocks, launch
 from .library import as_rows
 from .norm import load_gradient, unit_stride
 from .rows import configuration, nested_rows
+from .tuning import tuned
 
 WHOLE_ROW = 8192  # the bits of a dropout take as many registers again as a row's gradients
 
@@ -175,7 +176,7 @@ def differentiate_sum(
     width = s.shape[-1]
     dy_rows, s_rows = nested_rows(dy), as_rows(s, width)
     ds_rows = dy_rows if ds is None else nested_rows(ds)
-    how = configuration(width, WHOLE_ROW)
+    how = tuned("add_norm_backward", configuration(width, WHOLE_ROW), s, width=width)
     launch(
         add_norm_backward_kernel,
         (blocks(s_rows.shape[0], how.rows),),

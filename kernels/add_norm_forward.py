@@ -19,6 +19,7 @@ from .keyed import keyed_factor, keyed_stream, threshold_and_scale
 from .launch import blocks, launch
 from .norm import unit_stride
 from .rows import configuration, nested_rows
+from .tuning import tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ def normalise_sum(
     width = s.shape[-1]
     rows = rstd.numel()
     x_rows, residual_rows = nested_rows(x), nested_rows(residual)
-    how = configuration(width)
+    how = tuned("add_norm", configuration(width), s, width=width)
     launch(
         add_norm_kernel,
         (blocks(rows, how.rows),),

@@ -66,6 +66,8 @@ SPACES: Mapping[str, Space] = {
     ),
     "norm": _ROWS,
     "norm_backward": _ROWS,
+    "add_norm": _ROWS,
+    "add_norm_backward": _ROWS,
     "cross_entropy": _ROWS,
     "cross_entropy_backward": _ROWS,
     "dropout": Space(("count",), {"elements": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}, reorders=False),

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..add_norm import add_norm, check_forward
 from .dropout import keyed_arguments
-from .match import Keyed, LeftAlone, Match, Pattern, arguments, made
+from .match import Keyed, LeftAlone, Match, Pattern, arguments, made, same
 from .norm import norm_arguments
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def _add_norm(keyed: Keyed | None, node: fx.Node) -> Match | None:
     if _is_dropped(keyed, second, total):
         x, bits, p = second.args
         assert isinstance(x, fx.Node) and isinstance(bits, fx.Node)
-        if keyed is not None and bits.target is keyed.bits and made(bits).shape == made(x).shape:
+        if keyed is not None and bits.target is keyed.bits and same(made(bits).shape, made(x).shape):
             dropped = (*keyed_arguments(bits), p)
             nodes = (*((bits,) if len(bits.users) == 1 else ()), second, *nodes)
             second = x
@@ -56,7 +56,7 @@ def _addends(total: fx.Node) -> tuple[fx.Node, fx.Node]:
     first, second = given["self"], given["other"]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or given["alpha"] != 1:
         raise LeftAlone(f"{total.name} adds a number or a multiple")
-    if not made(first).shape == made(second).shape == made(total).shape:
+    if not all(same(made(addend).shape, made(total).shape) for addend in (first, second)):
         raise LeftAlone(f"{total.name} stretches what it adds")
     return first, second
 

@@ -17,9 +17,9 @@ STATIC = product.configuration(1000, 4096, torch.bfloat16)
 SIZES = {"rows": 1000, "columns": 4096, "inner": 1024}
 CONFIGURATIONS = {
     "product": STATIC,
-    **dict.fromkeys(
-        ("norm", "norm_backward", "cross_entropy", "cross_entropy_backward"), rows.configuration(1024)
-    ),
+    **dict.fromkeys(("norm", "norm_backward"), rows.configuration(1024)),
+    **dict.fromkeys(("add_norm", "add_norm_backward"), rows.configuration(1024)),
+    **dict.fromkeys(("cross_entropy", "cross_entropy_backward"), rows.configuration(1024)),
     "dropout": dropout.STATIC,
     "bags": embedding_bag.STATIC,
     "bag_sums": bag_sums.STATIC,
