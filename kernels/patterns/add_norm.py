@@ -8,6 +8,7 @@ torch: those that nobody else sees are functional in a captured graph.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,23 +31,19 @@ def _add_norm(keyed: Keyed | None, node: fx.Node) -> Match | None:
     if total.target is not aten.add.Tensor:
         return None
     first, second = _addends(total)
-    if first is second:
-        keyed = None  # dropping one of them would drop both
-    if _is_dropped(keyed, first, total) and not _is_dropped(keyed, second, total):
-        first, second = second, first
+    x, residual = second, first
     dropped: tuple[Any, ...] = (None, 0, 0, 0.0)
     nodes: tuple[fx.Node, ...] = (total, node)
-    if _is_dropped(keyed, second, total):
-        x, bits, p = second.args
-        assert isinstance(x, fx.Node) and isinstance(bits, fx.Node)
-        if keyed is not None and bits.target is keyed.bits and same(made(bits).shape, made(x).shape):
-            dropped = (*keyed_arguments(bits), p)
-            nodes = (*((bits,) if len(bits.users) == 1 else ()), second, *nodes)
-            second = x
+    for addend, other in ((second, first), (first, second)) if first is not second else ():
+        found = _dropout(keyed, addend, total)
+        if found is not None:
+            x, residual, dropped = found.x, other, found.arguments
+            nodes = (*found.nodes, *nodes)
+            break
     last = _narrowed(node)
     if last is not node:
         nodes = (*nodes, last)
-    taken = (second, first, norm.weight, norm.bias, norm.eps, norm.centred, made(last).dtype, *dropped)
+    taken = (x, residual, norm.weight, norm.bias, norm.eps, norm.centred, made(last).dtype, *dropped)
     return Match(nodes, add_norm, taken, check_forward, (last, total))
 
 
@@ -61,9 +58,28 @@ def _addends(total: fx.Node) -> tuple[fx.Node, fx.Node]:
     return first, second
 
 
-def _is_dropped(keyed: Keyed | None, addend: fx.Node, total: fx.Node) -> bool:
-    """Whether dropout makes the addend, for this sum alone."""
-    return keyed is not None and addend.target is keyed.dropout and list(addend.users) == [total]
+@dataclass(frozen=True, slots=True)
+class _Dropout:
+    """The dropout of an addend: what is dropped, the operator's arguments for it, and its nodes."""
+
+    x: fx.Node
+    arguments: tuple[Any, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+def _dropout(keyed: Keyed | None, addend: fx.Node, total: fx.Node) -> _Dropout | None:
+    """The dropout that makes the addend, if it is for this sum alone and has the operator's bits."""
+    if keyed is None or addend.target is not keyed.dropout or list(addend.users) != [total]:
+        return None
+    x, bits, p = addend.args
+    assert isinstance(x, fx.Node) and isinstance(bits, fx.Node)
+    if bits.target is not keyed.bits or not same(made(bits).shape, made(x).shape):
+        return None
+    try:
+        key = keyed_arguments(bits)
+    except LeftAlone:
+        return None  # dropped apart, by whoever can
+    return _Dropout(x, (*key, p), (bits, addend) if len(bits.users) == 1 else (addend,))
 
 
 def _narrowed(node: fx.Node) -> fx.Node:

@@ -222,34 +222,33 @@ def test_a_sum_that_nobody_else_reads_is_not_picked_out() -> None:
     assert calls == ["gpp_kernels.add_norm.default", "<built-in function getitem>"]
 
 
-def test_a_dropped_value_that_others_read_is_dropped_apart() -> None:
+def dropped_graph(dim: int, addend: int, returned: bool) -> fx.GraphModule:
+    """The norm of a dropped value plus x or itself, and the dropped value too if it is `returned`."""
     graph = fx.Graph()
     x, position = graph.placeholder("x"), graph.placeholder("position")
-    bits = graph.call_function(KEYED.bits, (position, 5, [4, WIDTH], 0, 1))
+    bits = graph.call_function(KEYED.bits, (position, 5, [4, WIDTH], dim, 1))
     dropped = graph.call_function(keyed_dropout, (x, bits, 0.3))
-    total = graph.call_function(torch.ops.aten.add.Tensor, (dropped, dropped))
+    total = graph.call_function(torch.ops.aten.add.Tensor, (dropped, (x, dropped)[addend]))
     result = graph.call_function(torch.ops.aten.layer_norm.default, (total, [WIDTH]))
-    graph.output((result, dropped))
+    graph.output((result, dropped if returned else total))
     for node in (x, dropped, total, result):
         node.meta["val"] = torch.empty(4, WIDTH, device="meta")
     bits.meta["val"] = torch.empty(4, WIDTH, device="meta", dtype=torch.int32)
-    plain = fx.GraphModule(nn.Module(), graph)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize(
+    "dim, addend, returned, operators",
+    [
+        (0, 0, False, {"add_norm"}),
+        (0, 0, True, {"add_norm", "dropout"}),  # others read what is dropped
+        (0, 1, False, {"add_norm", "dropout"}),  # it is added to itself
+        (1, 0, False, {"add_norm"}),  # torch drops it
+    ],
+)
+def test_a_value_may_be_dropped_apart(dim: int, addend: int, returned: bool, operators: set[str]) -> None:
+    plain = dropped_graph(dim, addend, returned)
     fused, report = fuse(plain, KEYED)
-    assert {item.operator.split(".")[1] for item in report.fused} == {"add_norm", "dropout"}
+    assert {item.operator.split(".")[1] for item in report.fused} == operators
     for got, right in zip(fused(X, POSITION), plain(X, POSITION), strict=True):
         torch.testing.assert_close(got, right)
-
-
-def test_a_dropped_value_that_is_added_to_itself() -> None:
-    graph = fx.Graph()
-    x, position = graph.placeholder("x"), graph.placeholder("position")
-    bits = graph.call_function(KEYED.bits, (position, 5, [4, WIDTH], 0, 1))
-    dropped = graph.call_function(keyed_dropout, (x, bits, 0.3))
-    total = graph.call_function(torch.ops.aten.add.Tensor, (dropped, dropped))
-    result = graph.call_function(torch.ops.aten.layer_norm.default, (total, [WIDTH]))
-    graph.output(result)
-    for node in (x, dropped, total, result):
-        node.meta["val"] = torch.empty(4, WIDTH, device="meta")
-    bits.meta["val"] = torch.empty(4, WIDTH, device="meta", dtype=torch.int32)
-    plain = fx.GraphModule(nn.Module(), graph)
-    torch.testing.assert_close(fuse(plain, KEYED)[0](X, POSITION), plain(X, POSITION))
