@@ -23,6 +23,7 @@ from .patterns.linear import LINEAR
 from .patterns.loss import LOSSES
 from .patterns.match import Keyed, LeftAlone, Match, Pattern, known, mapped, nodes_of
 from .patterns.norm import NORMS
+from .patterns.sum import SUMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
         add_norms(keyed),
         NORMS,
         LINEAR,
+        SUMS,
         {} if keyed is None else dropouts(keyed),
     )
 

@@ -71,6 +71,7 @@ SPACES: Mapping[str, Space] = {
     "cross_entropy": _ROWS,
     "cross_entropy_backward": _ROWS,
     "dropout": Space(("count",), {"elements": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}, reorders=False),
+    "sum": Space((), {"elements": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}, reorders=False),
     "bags": Space(
         ("size", "width"), {"elements": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)}, reorders=True
     ),

@@ -29,6 +29,7 @@ from kernels import (
     dropout,
     embedding_bag,
     embedding_bag_gradient,
+    gradient_sum,
     interaction,
     launch,
     layer_norm,
@@ -182,6 +183,14 @@ def linear_cases() -> Any:
     yield "tf32 gelu_erf", linear.launch_forward_keeping, (x, weight, empty(4096, dtype=dtype), activation)
 
 
+def sum_cases() -> Any:
+    """Most parts of one launch; a float32 sum of bfloat16 parts."""
+    half, single = torch.bfloat16, torch.float32
+    for parts, dtype in (([single] * 8, single), ([half] * 8, half), ([single, half], single)):
+        tensors = [empty(64, 1000, dtype=part) for part in parts]
+        yield f"sum of {len(parts)} {parts[-1]} to {dtype}", gradient_sum.launch_sum, (tensors, dtype)
+
+
 def dropout_cases() -> Any:
     for dtype in (torch.bfloat16, torch.float32):
         position = empty(2, dtype=torch.int64)
@@ -248,6 +257,7 @@ def main(architecture: int) -> None:
         linear,
         product,
         dropout,
+        gradient_sum,
         *losses,
         embedding_bag,
         bag_sums,
@@ -255,7 +265,14 @@ def main(architecture: int) -> None:
     )
     for module in with_launches:
         module.launch = compile_only
-    norms = (*layer_norm_cases(), *rms_norm_cases(), *add_norm_cases(), *loss_cases(), *dropout_cases())
+    norms = (
+        *layer_norm_cases(),
+        *rms_norm_cases(),
+        *add_norm_cases(),
+        *loss_cases(),
+        *dropout_cases(),
+        *sum_cases(),
+    )
     everything = (*norms, *embedding_bag_cases(), *interaction_cases(), *linear_cases())
     for case, function, arguments in everything:  # noqa: B007
         function(*arguments)

@@ -56,6 +56,7 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
         "add_norm_kernel",
         "add_norm_backward_kernel",
         "dropout_kernel",
+        "sum_kernel",
         "cross_entropy_kernel",
         "cross_entropy_backward_kernel",
         "pointwise_loss_kernel",
@@ -89,12 +90,14 @@ def test_any_number_of_samples_and_places_runs_the_same_compiled_kernels() -> No
     code = """
 import torch, triton
 from tests.kernels.ahead_of_time import NoDevice, empty
-from kernels import bag_sums, embedding_bag, embedding_bag_gradient, interaction
+from kernels import add_norm, add_norm_backward, add_norm_forward, add_norm_gradient
+from kernels import bag_sums, embedding_bag, embedding_bag_gradient, gradient_sum, interaction
 triton.runtime.driver.set_active(NoDevice(90))
 compiled = set()
 def compile_only(kernel, grid, *arguments, **options):
     compiled.add((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options).hash))
-bag_sums.launch = embedding_bag.launch = interaction.launch = compile_only
+for module in (add_norm_backward, add_norm_forward, bag_sums, embedding_bag, gradient_sum, interaction):
+    module.launch = compile_only
 for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     indices = [empty(places + table, dtype=torch.int64) for table in range(2)]
     bags = (indices, [empty(samples, dtype=torch.int64)] * 2)
@@ -103,15 +106,24 @@ for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     embedding_bag_gradient.launch_dense(dy, *bags, [10, 10], "sum", False)
     x = empty(samples, 9, 64, dtype=torch.bfloat16)
     interaction.launch_backward(interaction.launch_forward(x, 1), x, 1)
+    x = empty(samples, 64, dtype=torch.float32)
+    drop = (empty(2, dtype=torch.int64), (1 << 62) + samples, 64, 0.1)
+    options = (x, x, None, None, 1e-5, True, torch.float32, *drop)
+    y, s, mean, rstd = add_norm.launch_forward(*options)
+    add_norm_gradient.launch_backward_both(y, s, s, mean, rstd, None, x.dtype, x.dtype, *drop)
+    gradient_sum.launch_sum([x, x, x], torch.float32)
 print(*sorted(name for name, _ in compiled))
 """
     assert python("-c", code, interpret=False).split() == [
+        "add_norm_backward_kernel",
+        "add_norm_kernel",
         "bag_forward_kernel",
         "bag_join_kernel",
         "bag_key_kernel",
         "bag_sum_kernel",
         "interaction_backward_kernel",
         "interaction_forward_kernel",
+        "sum_kernel",
     ]
 
 

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import bag_sums, dropout, embedding_bag, interaction, pointwise_loss, product, rows, tuning
+from kernels import (
+    bag_sums,
+    dropout,
+    embedding_bag,
+    gradient_sum,
+    interaction,
+    pointwise_loss,
+    product,
+    rows,
+    tuning,
+)
 from kernels.tuning import SPACES, Space, Table, TableError, tuned, using
 
 GPU = "NVIDIA H200"
@@ -21,6 +31,7 @@ CONFIGURATIONS = {
     **dict.fromkeys(("add_norm", "add_norm_backward"), rows.configuration(1024)),
     **dict.fromkeys(("cross_entropy", "cross_entropy_backward"), rows.configuration(1024)),
     "dropout": dropout.STATIC,
+    "sum": gradient_sum.STATIC,
     "bags": embedding_bag.STATIC,
     "bag_sums": bag_sums.STATIC,
     "interaction": interaction.configuration(9, 64),
