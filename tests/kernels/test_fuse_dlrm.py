@@ -104,7 +104,7 @@ def test_what_cannot_wait_is_a_launch_of_its_own() -> None:
     def chained(a: Tensor, b: Tensor, c: Tensor, i: Tensor) -> Tensor:
         first = functional.embedding_bag(i, a).relu()
         number = first.argmax(-1, keepdim=True) + i
-        return functional.embedding_bag(number, b) + functional.embedding_bag(i, c) + first
+        return functional.embedding_bag(number, b) * functional.embedding_bag(i, c) + first
 
     report = same_gradients(chained, (TABLES[0], TABLES[1][:, :4], TABLES[1]), (INDICES[0][None] % 4,))
     # c waits for nobody and goes with a; b needs what is made of a
