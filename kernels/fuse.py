@@ -19,6 +19,7 @@ from .patterns.add_norm import add_norms
 from .patterns.dropout import dropouts
 from .patterns.embedding import EMBEDDINGS
 from .patterns.interaction import INTERACTIONS
+from .patterns.join import JOINS
 from .patterns.linear import LINEAR
 from .patterns.loss import LOSSES
 from .patterns.match import Keyed, LeftAlone, Match, Pattern, known, mapped, nodes_of
@@ -86,6 +87,7 @@ def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
         LOSSES,
         add_norms(keyed),
         NORMS,
+        JOINS,
         LINEAR,
         SUMS,
         {} if keyed is None else dropouts(keyed),

@@ -1,9 +1,10 @@
 """Rewrites the weight half of a stage: a weight's gradient that is made only to be added to its sum over
 micro-batches is added by what makes it.
 
-    total.add_(dz^T x), through transposes and casts to float32    -> gpp_kernels.linear_accumulate_weight
-    the same of a table with more rows than are looked up, or of the tables of an embedding bag
-                                                            -> gpp_kernels.embedding_bag_accumulate_weight
+    total.add_(dz^T x), through transposes and casts to float32
+        -> gpp_kernels.linear_accumulate_weight, or join_linear_accumulate_weight where x has several parts
+    total.add_ of the rows of a table that were looked up, of several tables of bags or a large one
+        -> gpp_kernels.embedding_bag_accumulate_weight
 
 Gradients of a weight that is used twice are added one after the other. The gradient is then never written: a
 third of what the half moves, and of a table all but the rows that occur. Its sum is rounded once instead of
@@ -11,16 +12,22 @@ twice, so it agrees with the graph given, but not to the bit. An autograd formul
 this comes after the joint trace.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from .embedding_bag_gradient import embedding_bag_accumulate_weight, embedding_bag_backward_weight
+from .join_gradient import join_linear_accumulate_weight, join_linear_backward_weight
 from .linear import linear_accumulate_weight, linear_backward_weight
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten._to_copy.default)
+_IN_PLACE: Mapping[Any, Any] = {
+    linear_backward_weight: linear_accumulate_weight,
+    join_linear_backward_weight: join_linear_accumulate_weight,
+}
 _SUMS = (torch.float32, torch.float64)
 
 
@@ -78,8 +85,8 @@ def _rewrite(graph: fx.Graph, addition: fx.Node) -> None:
             left, right = made.args
             dz, x = (right, _transposed(graph, left)) if turned else (_transposed(graph, left), right)
             given: tuple[Any, ...] = (total, dz, x)
-        elif made.target is linear_backward_weight and not turned:
-            given = (total, *made.args)
+        elif made.target in _IN_PLACE and not turned:
+            target, given = _IN_PLACE[made.target], (total, *made.args)
         elif made.target is aten.embedding_dense_backward.default and not turned and _is_sparse(made):
             dy = graph.call_function(aten.unsqueeze.default, (made.args[0], 0))
             bags = graph.call_function(aten.unsqueeze.default, (made.args[1], -1))

@@ -23,14 +23,14 @@ def _linear(node: fx.Node) -> Match:
     readers = list(node.users)
     if len(readers) != 1:
         raise LeftAlone(f"{len(readers)} nodes read its output, an activation must be the only one")
-    activation = _activation(readers[0])
+    activation = activation_of(readers[0])
     if activation is None:
         raise LeftAlone(f"no activation follows but {readers[0].name}: a plain product stays with torch")
     taken = (given["input"], given["weight"], given["bias"], activation)
     return Match((node, readers[0]), linear, taken, check_linear, (readers[0],))
 
 
-def _activation(node: fx.Node) -> str | None:
+def activation_of(node: fx.Node) -> str | None:
     """The operator's name for an activation; in-place ones count, nothing else reads what they overwrite."""
     if node.target in (aten.relu.default, aten.relu_.default):
         return "relu"

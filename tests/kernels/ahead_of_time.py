@@ -31,6 +31,8 @@ from kernels import (
     embedding_bag_gradient,
     gradient_sum,
     interaction,
+    join_gradient,
+    join_linear,
     launch,
     layer_norm,
     linear,
@@ -191,6 +193,25 @@ def sum_cases() -> Any:
         yield f"sum of {len(parts)} {parts[-1]} to {dtype}", gradient_sum.launch_sum, (tensors, dtype)
 
 
+def join_cases() -> Any:
+    """The seven towers of CANDLE-Uno at once, more parts than a launch takes, large tiles and small ones."""
+    for dtype, activation, rows, parts in (
+        (torch.bfloat16, "relu", 1024, 7),
+        (torch.bfloat16, "gelu_tanh", 64, 10),
+        (torch.float32, "none", 1024, 4),
+    ):
+        xs = [empty(rows, 4096, dtype=dtype)] * parts
+        weight, bias = empty(4096, 4096 * parts, dtype=dtype), empty(4096, dtype=dtype)
+        case = f"join {dtype} {activation} {parts} parts of {rows} rows"
+        smooth = activation in linear.NEEDS_PREACTIVATION
+        forward = join_linear.launch_forward_keeping if smooth else join_linear.launch_forward
+        yield case, forward, (xs, weight, bias, activation)
+        if activation == "relu":
+            total = empty(*weight.shape, dtype=torch.float32)
+            dz = empty(rows, 4096, dtype=dtype)
+            yield case, join_gradient.launch_accumulate_weight, (total, dz, xs)
+
+
 def dropout_cases() -> Any:
     for dtype in (torch.bfloat16, torch.float32):
         position = empty(2, dtype=torch.int64)
@@ -262,6 +283,8 @@ def main(architecture: int) -> None:
         embedding_bag,
         bag_sums,
         interaction,
+        join_linear,
+        join_gradient,
     )
     for module in with_launches:
         module.launch = compile_only
@@ -273,7 +296,7 @@ def main(architecture: int) -> None:
         *dropout_cases(),
         *sum_cases(),
     )
-    everything = (*norms, *embedding_bag_cases(), *interaction_cases(), *linear_cases())
+    everything = (*norms, *embedding_bag_cases(), *interaction_cases(), *join_cases(), *linear_cases())
     for case, function, arguments in everything:  # noqa: B007
         function(*arguments)
 

@@ -1,0 +1,248 @@
+"""A linear layer over the concatenation of its inputs, which is not made.
+
+    z = sum over parts i of x_i W_i^T + bias,   y = activation(z)      weight = [W_1 | W_2 | ...]
+
+    dz = dy * activation'(z),   dx_i = dz W_i,   dW_i = dz^T x_i,   dbias = sum over rows of dz
+
+Sums are float32, in blocks of each part in its order, the parts in theirs, never split over programs. Each
+dx_i is an operator call of its own on columns of weight, so a graph that needs some does not run the others.
+That of the weight is in `join_gradient`. What forward keeps for backward besides the parts and weight
+is what a linear layer keeps.
+"""
+
+# Kernel parameters have no Python types: mypy sees the functions that a host calls.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .activation import ACTIVATIONS, NEEDS_PREACTIVATION, activate, reference_activate
+from .bags import pick
+from .join_gradient import join_linear_backward_weight
+from .join_parts import check_parts, columns_of, configuration, groups_of, place_in_parts, place_of_tile
+from .launch import blocks, launch
+from .library import check_dtype, check_tensors, register, register_autograd, require
+from .linear import linear_backward_activation, linear_backward_bias, linear_backward_input
+from .product import precision
+
+
+@triton.jit(do_not_specialize=["rows"])
+def join_forward_kernel(
+    out_ptr,
+    z_ptr,
+    sum_ptr,
+    parts,
+    strides,
+    widths,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    columns,
+    weight_stride,
+    weight_inner_stride,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP_Z: tl.constexpr,
+    CONTINUED: tl.constexpr,
+    ENDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One tile of the result: the blocks of all parts in one loop. Of several launches those that are
+    CONTINUED start from the sum so far, and those that are not the last (ENDS) leave it."""
+    row_block, column_block = place_of_tile(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS))
+    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = column_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    step = tl.arange(0, INNER)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    offset = row[:, None] * columns + column[None, :]
+    if CONTINUED:
+        z = tl.load(sum_ptr + offset, mask=mask, other=0.0)
+    else:
+        z = tl.zeros((ROWS, COLUMNS), tl.float32)
+    count = 0
+    for other in tl.static_range(0, PARTS):
+        count += tl.cdiv(widths[other], INNER)
+    for block in range(0, count):
+        part, number, first = place_in_parts(block, widths, PARTS, INNER)
+        inner = number * INNER + step
+        inside = inner < pick(widths, part, PARTS)
+        x = pick(parts, part, PARTS) + row[:, None] * pick(strides, part, PARTS) + inner[None, :]
+        x_tile = tl.load(x, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+        place = (first + inner).to(tl.int64)[:, None] * weight_inner_stride
+        weight = weight_ptr + column[None, :] * weight_stride + place
+        weight_tile = tl.load(weight, mask=(column < columns)[None, :] & inside[:, None], other=0.0)
+        z = tl.dot(x_tile, weight_tile, z, input_precision=PRECISION)
+    if ENDS:
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        if KEEP_Z:
+            tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + offset, activate(z, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(sum_ptr + offset, z, mask=mask)
+
+
+def _launch(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> Any:
+    y = empty_forward(xs, weight, bias, activation)
+    z = empty_forward(xs, weight, bias, activation) if keep else y
+    columns = weight.shape[0]
+    rows = y.numel() // columns if columns else 0
+    tile = configuration(rows, columns, weight.dtype)
+    groups = list(groups_of(xs))
+    total = y if len(groups) == 1 else weight.new_empty((rows, columns), dtype=torch.float32)
+    for first, group in groups:
+        launch(
+            join_forward_kernel,
+            (blocks(rows, tile.rows) * blocks(columns, tile.columns),),
+            y,
+            z,
+            total,
+            tuple(group),
+            tuple(x.stride(0) for x in group),
+            tuple(x.shape[1] for x in group),
+            weight[:, first:],
+            y if bias is None else bias.contiguous(),
+            rows,
+            columns,
+            *weight.stride(),
+            PARTS=len(group),
+            ACTIVATION=ACTIVATIONS.index(activation),
+            HAS_BIAS=bias is not None,
+            KEEP_Z=keep,
+            CONTINUED=first > 0,
+            ENDS=group is groups[-1][1],
+            PRECISION=precision(),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            INNER=tile.inner,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return (y, z) if keep else y
+
+
+def launch_forward(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """y alone."""
+    y: Tensor = _launch(xs, weight, bias, activation, False)
+    return y
+
+
+def launch_forward_keeping(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """(y, z)."""
+    made: tuple[Tensor, Tensor] = _launch(xs, weight, bias, activation, True)
+    return made
+
+
+def empty_forward(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """y, not computed."""
+    return xs[0].new_empty((*xs[0].shape[:-1], weight.shape[0]))
+
+
+def empty_forward_keeping(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """(y, z), not computed."""
+    return empty_forward(xs, weight, bias, activation), empty_forward(xs, weight, bias, activation)
+
+
+def reference_forward_keeping(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """(y, z) in ATen, of the concatenation."""
+    z = torch.nn.functional.linear(torch.cat(list(xs), -1), weight, bias)
+    return reference_activate(z, activation), z
+
+
+def check_forward(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    """xs [..., inner_i] with one leading shape, weight [columns, sum of inner_i], bias [columns]."""
+    name = "join_linear"
+    check_parts(name, xs)
+    check_tensors(name, **{"xs[0]": xs[0], "weight": weight, "bias": bias})
+    require(activation in ACTIVATIONS, name, "activation", f"be one of {', '.join(ACTIVATIONS)}", activation)
+    width = sum(x.shape[-1] for x in xs)
+    rule = f"be [columns, {width}], the widths of xs together"
+    fits = weight.dim() == 2 and weight.shape[1] == width
+    require(fits, name, "weight", rule, tuple(weight.shape))
+    check_dtype(name, "weight", weight, xs[0].dtype)
+    if bias is not None:
+        rule = f"have shape ({weight.shape[0]},), the rows of weight"
+        require(tuple(bias.shape) == (weight.shape[0],), name, "bias", rule, tuple(bias.shape))
+        check_dtype(name, "bias", bias, xs[0].dtype)
+
+
+def check_forward_keeping(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    """As the forward operator, with an activation that keeps z."""
+    names = sorted(NEEDS_PREACTIVATION)
+    rule = f"be one of {', '.join(names)}"
+    require(activation in names, "join_linear_keeping", "activation", rule, activation)
+    check_forward(xs, weight, bias, activation)
+
+
+_ARGUMENTS = "(Tensor[] xs, Tensor weight, Tensor? bias, str activation)"
+
+join_linear = register(
+    f"join_linear{_ARGUMENTS} -> Tensor",
+    check=check_forward,
+    kernel=launch_forward,
+    reference=lambda *arguments: reference_forward_keeping(*arguments)[0],
+    fake=empty_forward,
+)
+join_linear_keeping = register(
+    f"join_linear_keeping{_ARGUMENTS} -> (Tensor y, Tensor z)",
+    check=check_forward_keeping,
+    kernel=launch_forward_keeping,
+    reference=reference_forward_keeping,
+    fake=empty_forward_keeping,
+)
+
+
+class _JoinLinear(torch.autograd.Function):
+    """Saves the parts, weight and what the activation's derivative needs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, activation: str, *xs: Tensor) -> Tensor:
+        y: Tensor
+        saved: Tensor | None
+        if activation in NEEDS_PREACTIVATION:
+            y, saved = join_linear_keeping(xs, weight, bias, activation)
+        else:
+            y = join_linear(xs, weight, bias, activation)
+            saved = y if activation == "relu" else None
+        ctx.save_for_backward(weight, saved, *xs)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, saved, *xs = ctx.saved_tensors
+        dz = dy if saved is None else linear_backward_activation(dy, saved, ctx.activation)
+        needs_weight, needs_bias, _, *needs_x = ctx.needs_input_grad
+        return (
+            join_linear_backward_weight(dz, xs) if needs_weight else None,
+            linear_backward_bias(dz) if needs_bias else None,
+            None,
+            *(
+                linear_backward_input(dz, weight[:, columns]) if needed else None
+                for columns, needed in zip(columns_of(xs), needs_x, strict=True)
+            ),
+        )
+
+
+def _apply(xs: Sequence[Tensor], *arguments: Any) -> Any:
+    return _JoinLinear.apply(*arguments, *xs)  # type: ignore[no-untyped-call]
+
+
+register_autograd(join_linear, _apply)
