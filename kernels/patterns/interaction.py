@@ -31,11 +31,11 @@ _CONSTANT = (
 _END = 2**62  # of a slice that goes up to the end, at the least
 
 
-def _interaction(node: fx.Node) -> Match:
+def _interaction(node: fx.Node) -> Match | None:
     x, turned = node.args
     assert isinstance(x, fx.Node) and isinstance(turned, fx.Node)
     if made(x).dim() != 3 or not _is_transposed(turned, without_casts(x)):
-        raise LeftAlone("it is no product of vectors with themselves")
+        return None
     index, taken = _pairs_taken(node)
     _, *pairs = arguments(index)["indices"]
     _check_pairs(pairs, int(made(x).shape[1]))
