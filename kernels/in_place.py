@@ -3,7 +3,7 @@ micro-batches is added by what makes it.
 
     total.add_(dz^T x), through transposes and casts to float32
         -> gpp_kernels.linear_accumulate_weight, or join_linear_accumulate_weight where x has several parts
-    total.add_ of the rows of a table that were looked up, of several tables of bags or a large one
+    total.add_ of the rows that were looked up of a large table, or of several tables by one call
         -> gpp_kernels.embedding_bag_accumulate_weight
 
 Gradients of a weight that is used twice are added one after the other. The gradient is then never written: a
@@ -28,6 +28,7 @@ _IN_PLACE: Mapping[Any, Any] = {
     linear_backward_weight: linear_accumulate_weight,
     join_linear_backward_weight: join_linear_accumulate_weight,
 }
+_LARGE_TABLE = 1 << 20  # elements; all of fewer are added sooner than the rows that occur are sorted
 _SUMS = (torch.float32, torch.float64)
 
 
@@ -99,10 +100,12 @@ def _rewrite(graph: fx.Graph, addition: fx.Node) -> None:
 
 
 def _is_sparse(look_up: fx.Node) -> bool:
-    """Whether most rows of a table's gradient are zero, and every other is a plain sum."""
+    """Whether a gradient of a large table is mostly zero, and every row of it that is not a plain sum."""
     _, indices, rows, padding, by_frequency = cast("tuple[Any, ...]", look_up.args)
     value = indices.meta.get("val") if isinstance(indices, fx.Node) else None
-    return isinstance(value, Tensor) and value.numel() < rows and padding == -1 and not by_frequency
+    made = look_up.meta["val"]
+    sparse = isinstance(value, Tensor) and value.numel() < rows and made.numel() >= _LARGE_TABLE
+    return sparse and padding == -1 and not by_frequency
 
 
 def _rewrite_tables(graph: fx.Graph, made: fx.Node) -> None:

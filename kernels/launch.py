@@ -7,8 +7,10 @@ reference implementation of each operator.
 """
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,17 +25,32 @@ if INTERPRETED:
 # The interpreter keeps its program id and its patched language in globals.
 _interpreter_lock = threading.RLock()
 
+_counter: ContextVar[Counter[str] | None] = ContextVar("counter", default=None)
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run `kernel` on the device of its first argument, a tensor; an empty grid is no launch at all."""
     if 0 in grid:
         return
-    if INTERPRETED:
+    counter = _counter.get()
+    if counter is not None:
+        counter[kernel.__name__] += 1
+    elif INTERPRETED:
         with _interpreter_lock, interpreter.arithmetic():
             kernel[grid](*arguments, **options)
     else:
         with _on_device(arguments[0]):
             kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def counting(counter: Counter[str]) -> Iterator[None]:
+    """Count kernels by name in place of running them, in this thread."""
+    token = _counter.set(counter)
+    try:
+        yield
+    finally:
+        _counter.reset(token)
 
 
 def _on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:

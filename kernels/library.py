@@ -16,6 +16,8 @@ from .launch import INTERPRETED, on_cpu
 NAMESPACE = "gpp_kernels"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+KERNELS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # what an operator runs on a GPU
+
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -46,6 +48,7 @@ def register(
     _implement(name, checked(on_cpu(kernel, reference)), "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked(fake), lib=_library)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    KERNELS[overload] = kernel
     return overload
 
 

@@ -27,12 +27,12 @@ class Shared(nn.Module):
 
 
 class Tables(nn.Module):
-    """Bags of two tables, a table with more rows than are looked up, one with fewer, and one used twice."""
+    """Bags of two tables, a large table, a small one, and one used twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bags = nn.ModuleList(nn.EmbeddingBag(rows, 3, mode="sum") for rows in (9, 20))
-        self.large, self.small = nn.Embedding(100, 3), nn.Embedding(9, 3)
+        self.large, self.small = nn.Embedding(2**20 // 3 + 1, 3), nn.Embedding(9, 3)
 
     def forward(self, i: Tensor, y: Tensor) -> Tensor:
         bags = [bag(i) for bag in self.bags] + [self.bags[0](i.flip(1))]
