@@ -24,6 +24,7 @@ from .patterns.linear import LINEAR
 from .patterns.loss import LOSSES
 from .patterns.match import Keyed, LeftAlone, Match, Pattern, known, mapped, nodes_of
 from .patterns.norm import NORMS
+from .patterns.storage import storage, written
 from .patterns.sum import SUMS
 
 
@@ -169,9 +170,10 @@ def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
             if reader not in match.nodes and place[reader] < place[start]:
                 raise LeftAlone(f"{reader.name} reads {result.name} before all arguments are there")
     last = max(start, match.nodes[-1], key=place.__getitem__)
+    read = {storage(used) for node in match.nodes for used in node.all_input_nodes}
     for node in list(graph.nodes)[place[match.nodes[0]] : place[last]]:
-        if node not in match.nodes and _overwrites(node):
-            raise LeftAlone(f"{node.name} overwrites something between its nodes")
+        if node not in match.nodes and written(node) & read:
+            raise LeftAlone(f"{node.name} overwrites what it reads before all of it is read")
     with graph.inserting_before(start):
         call = graph.call_function(
             match.operator, mapped(match.arguments, lambda n: n, partial(_call, graph))
@@ -204,7 +206,3 @@ def _call(graph: fx.Graph, target: torch._ops.OpOverload, *arguments: Any) -> fx
     if all(known(used) is not None for used in node.all_input_nodes):
         node.meta["val"] = target(*fx.map_arg(arguments, known))
     return node
-
-
-def _overwrites(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -18,6 +18,7 @@ from torch import fx
 from ..bags import POOLINGS
 from ..embedding_bag import check_forward, embedding_bag
 from .match import Call, LeftAlone, Match, Pattern, arguments, in_order, made, no_weights, same, with_sources
+from .storage import storage, written
 
 aten = torch.ops.aten
 
@@ -102,6 +103,9 @@ def _together(look_up: Callable[[fx.Node], _LookUp], node: fx.Node) -> Match:
     """The look-up at `node` and those behind it that can be made in the same place."""
     place = {n: number for number, n in enumerate(node.graph.nodes)}
     found = [look_up(node)]
+    overwritten = set().union(*map(written, place))
+    if storage(found[0].result) in overwritten:
+        raise LeftAlone("what it makes is overwritten later")
 
     def span(items: list[_LookUp]) -> bool:
         """Whether all arguments are there before the first result is read."""
@@ -117,7 +121,9 @@ def _together(look_up: Callable[[fx.Node], _LookUp], node: fx.Node) -> Match:
         except LeftAlone:
             continue
         tables = {item.table for item in found}
-        if candidate.table not in tables and candidate.is_like(found[0]) and span([*found, candidate]):
+        if candidate.table in tables or storage(candidate.result) in overwritten:
+            continue
+        if candidate.is_like(found[0]) and span([*found, candidate]):
             found.append(candidate)
     if node.target is aten.embedding.default and len(found) < 2:
         raise LeftAlone("no other table is read by alike indices: a single look-up stays with torch")

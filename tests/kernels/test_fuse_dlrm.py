@@ -111,6 +111,35 @@ def test_what_cannot_wait_is_a_launch_of_its_own() -> None:
     assert [item.nodes.count("embedding_bag_2") for item in report.fused] == [1, 0]
 
 
+def test_what_is_written_in_between() -> None:
+    """In-place calls elsewhere are in nobody's way; a result that is written to must be a tensor alone."""
+
+    def look_up(a: Tensor, b: Tensor, x: Tensor, i: Tensor) -> Tensor:
+        first = functional.embedding_bag(i, a)
+        x = (x + 1).relu_()
+        return (
+            first
+            + functional.embedding_bag(i, b)
+            + x
+            + functional.embedding_bag(i, a[:, :4]).view(-1).relu_()
+        )
+
+    report = same_gradients(look_up, (TABLES[0], TABLES[1], torch.randn(4)), (INDICES[0][None],))
+    assert [sum("embedding_bag" in name for name in item.nodes) for item in report.fused] == [2]
+    assert [item.reason for item in report.left] == ["what it makes is overwritten later"]
+
+    def moved(a: Tensor, b: Tensor, c: Tensor, i: Tensor) -> Tensor:
+        first, j = functional.embedding_bag(i, a), i + 0
+        second = functional.embedding_bag(j, b)
+        j.remainder_(2)
+        return first + second + functional.embedding_bag(j, c)
+
+    given = (*TABLES[:2], TABLES[1] + 1, INDICES[0][None])
+    fused, report = fuse(make_fx(moved, pre_dispatch=True, tracing_mode="fake")(*given))
+    assert ["remainder_ overwrites what it reads" in item.reason for item in report.left] == [True] * 2
+    assert len(report.fused) == 1 and torch.equal(fused(*given), moved(*given))
+
+
 def test_embeddings_of_other_shapes_are_left_alone() -> None:
     def look_up(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return functional.embedding(i, a).sum() + functional.embedding(j, b).sum()
