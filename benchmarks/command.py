@@ -16,11 +16,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def run(
-    name: str, title: str, known: Mapping[str, Callable[[], Section]], arguments: Sequence[str] | None = None
+    name: str,
+    title: str,
+    known: Mapping[str, Callable[[], Section]],
+    arguments: Sequence[str] | None = None,
+    *,
+    module: str | None = None,
 ) -> None:
     """Measure the sections asked for, into NAME.json and NAME.md; after each, so that a run that is stopped
-    keeps what it has."""
-    command = f"python -m benchmarks.{name}"
+    keeps what it has. `module` is what is run, benchmarks.NAME if it is not said."""
+    command = f"python -m {module or f'benchmarks.{name}'}"
     parser = argparse.ArgumentParser(prog=command, description=__doc__)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(known)}; all if none is named")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {name}.json and {name}.md")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.kernels import ceilings, record, report, stages, targets
+from benchmarks.kernels import ceilings, record, report, resources, stages, targets
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.clock import Call, CudaClock, Spread, spread
 from benchmarks.kernels.kernels import KERNELS
@@ -355,6 +355,17 @@ def test_a_whole_run(tmp_path: Path, table_folder: Path, monkeypatch: pytest.Mon
     assert any(line.startswith("== stages") for line in said)
     if version("matplotlib") != MISSING:
         assert (tmp_path / "kernels-speed.svg").stat().st_size > 1000
+
+
+def test_resources() -> None:
+    row = {"kernel": "product_kernel", "case": "torch.bfloat16 relu", "registers": 98, "stack": 0}
+    row |= {"shared": 98304, "wgmma": 16}
+    right = resources.section(90, [row, row | {"kernel": "dropout_kernel", "wgmma": 0}])
+    assert right.reached and "2 kernels in 2 variants" in right.what and text(right)
+    for wrong in ({"stack": 8}, {"shared": 232449}, {"wgmma": 0}):
+        assert resources.section(90, [row | wrong]).reached is False
+    assert resources.section(80, [row | {"wgmma": 0}]).reached
+    assert resources.section(90, [row | {"case": "torch.float32 none", "wgmma": 0}]).reached
 
 
 def test_settings(tmp_path: Path) -> None:
