@@ -37,7 +37,6 @@ from .attention_tiles import (
     allowed_scores,
     check_attention,
     common,
-    configuration,
     head_base,
     head_rows,
     key_range,
@@ -45,6 +44,7 @@ from .attention_tiles import (
     query_block,
     shaped_like,
     store_head_rows,
+    tile_of,
 )
 from .keyed import keyed_ahead, keyed_kept, keyed_place, keyed_stream
 from .launch import blocks, launch
@@ -192,7 +192,7 @@ def launch_forward(
     options = (mask, position, node_key, elements, p, causal, scale)
     y, peak, log_sum = empty_forward(query)
     arguments, constants = common(query, key, value, *options)
-    tile = configuration("forward", query.shape[3], query.dtype, constants["MASK_ROWS"])
+    tile = tile_of("forward", query, constants["MASK_ROWS"])
     launch(
         attention_forward_kernel,
         (blocks(query.shape[2], tile.own) * query.shape[0] * query.shape[1],),

@@ -28,7 +28,7 @@ from .attention_reference import (
     reference_backward_query,
     reference_delta,
 )
-from .attention_tiles import along, check_attention, common, configuration, head_base, head_rows, shaped_like
+from .attention_tiles import along, check_attention, common, head_base, head_rows, shaped_like, tile_of
 from .launch import blocks, launch, power_of_two
 from .library import check_dtype, check_tensors, register, require
 from .rows import statistics_dtype
@@ -95,7 +95,7 @@ def launch_query(
     """dquery."""
     dquery, dy = shaped_like(query), along(dy)
     arguments, constants = common(query, key, value, *rest)
-    tile = configuration("query", query.shape[3], query.dtype, constants["MASK_ROWS"])
+    tile = tile_of("query", query, constants["MASK_ROWS"])
     launch(
         attention_query_kernel,
         (blocks(query.shape[2], tile.own) * query.shape[0] * query.shape[1],),
@@ -122,7 +122,7 @@ def launch_key_value(
     """(dkey, dvalue)."""
     dkey, dvalue, dy = shaped_like(key), shaped_like(value), along(dy)
     arguments, constants = common(query, key, value, *rest)
-    tile = configuration("key_value", query.shape[3], query.dtype, constants["MASK_ROWS"])
+    tile = tile_of("key_value", query, constants["MASK_ROWS"])
     launch(
         attention_key_value_kernel,
         (blocks(key.shape[2], tile.own) * key.shape[0] * key.shape[1],),

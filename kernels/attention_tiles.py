@@ -21,6 +21,7 @@ from .keyed import check_keyed, threshold_and_scale
 from .launch import power_of_two
 from .library import check_dtype, check_tensors, require
 from .product import precision
+from .tuning import tuned
 
 LARGEST_HEAD = 128
 LOG2_E = 1.4426950408889634
@@ -58,6 +59,13 @@ def configuration(kernel: str, head: int, dtype: torch.dtype, mask_rows: bool) -
     if kernel == "query":
         return Tile(64, 32, 4, 2) if large and mask_rows else Tile(128, 32, 8, 3)
     return Tile(64, 32, 8, 2) if large or mask_rows else Tile(128, 32, 8, 3)
+
+
+def tile_of(kernel: str, query: Tensor, mask_rows: bool) -> Tile:
+    """The tile of a kernel for these queries."""
+    head = query.shape[3]
+    static = configuration(kernel, head, query.dtype, mask_rows)
+    return tuned(f"attention_{kernel}", static, query, head=head, mask_rows=mask_rows)
 
 
 @triton.jit

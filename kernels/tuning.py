@@ -57,6 +57,10 @@ class Space:
 
 _ROWS = Space(("width",), {"rows": (1, 2, 4, 8, 16), "warps": (1, 2, 4, 8, 16)}, reorders=True)
 
+_ATTENTION = Space(
+    ("head", "mask_rows"), {"own": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}, reorders=True
+)
+
 SPACES: Mapping[str, Space] = {
     # blocks of the inner dimension, which decide the order of a sum, are not among the options
     "product": Space(
@@ -70,6 +74,9 @@ SPACES: Mapping[str, Space] = {
     "add_norm_backward": _ROWS,
     "cross_entropy": _ROWS,
     "cross_entropy_backward": _ROWS,
+    "attention_forward": _ATTENTION,
+    "attention_query": _ATTENTION,
+    "attention_key_value": _ATTENTION,
     "dropout": Space(("count",), {"elements": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}, reorders=False),
     "sum": Space((), {"elements": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}, reorders=False),
     "bags": Space(
@@ -127,8 +134,13 @@ def bucket_of(operator: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> st
     known = SPACES[operator].sizes
     if set(sizes) != set(known):
         raise ValueError(f"{operator} is tuned by {known}, given are {tuple(sizes)}")
-    rounded = (f"{name}={1 << max(0, sizes[name] - 1).bit_length()}" for name in known)
+    rounded = (f"{name}={_rounded(sizes[name])}" for name in known)
     return " ".join([str(dtype).removeprefix("torch."), *rounded])
+
+
+def _rounded(size: int) -> int:
+    """Up to a power of two; flags stay what they are."""
+    return 1 << (size - 1).bit_length() if size > 1 else int(size)
 
 
 _tables: dict[str, Table | None] = {}

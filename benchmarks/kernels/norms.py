@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.add_norm import add_norm
 from kernels.cross_entropy import cross_entropy
 from kernels.dropout import dropout
 from kernels.layer_norm import layer_norm
@@ -37,6 +38,35 @@ def _norm_costs(numbers: Mapping[str, int], itemsize: int) -> tuple[Cost, Cost]:
     """x and y; then dy, x and dx, and dy and x again for the weights, an operator of its own."""
     element = numbers["rows"] * numbers["width"] * itemsize
     return Cost(2 * element), Cost(5 * element)
+
+
+def _sum_inputs(numbers: Mapping[str, int], make: Maker) -> Inputs:
+    """What is added, and what the norm takes."""
+    x, *parameters = _norm_inputs(numbers, make)
+    return x, make.normal(*x.shape, grad=True), *parameters
+
+
+def _sum_costs(numbers: Mapping[str, int], itemsize: int) -> tuple[Cost, Cost]:
+    """x, residual, their sum and y; then dy, that of the sum, the sum and one gradient for both, and dy and
+    the sum again for the weights."""
+    element = numbers["rows"] * numbers["width"] * itemsize
+    return Cost(4 * element), Cost(6 * element)
+
+
+def _our_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Layer norm, or RMS norm without a bias."""
+    centred = bias is not None
+    return add_norm(x, residual, weight, bias, EPS, centred, x.dtype, None, 0, 0, 0.0)
+
+
+def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    s = residual + x
+    return functional.layer_norm(s, s.shape[-1:], weight, bias, EPS), s
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    s = residual + x
+    return functional.rms_norm(s, s.shape[-1:], weight, EPS), s
 
 
 def _elements(numbers: Mapping[str, int], itemsize: int) -> tuple[Cost, Cost]:
@@ -92,6 +122,26 @@ NORMS = (
         ),
         tiny={"rows": 5, "width": 24},
         liger=Liger("liger_layer_norm", lambda norm: lambda x, w, b: norm(x, w, b, EPS)),
+    ),
+    Kernel(
+        name="add_norm",
+        ours=_our_add_norm,
+        eager=_add_layer_norm,
+        inputs=_sum_inputs,
+        costs=_sum_costs,
+        sizes=_transformer(64, 16, 4),
+        tiny={"rows": 5, "width": 24},
+        note="Layer norm of a residual sum, which is a result too.",
+    ),
+    Kernel(
+        name="add_norm_rms",
+        ours=_our_add_norm,
+        eager=_add_rms_norm,
+        inputs=lambda numbers, make: _sum_inputs(numbers, make)[:3],
+        costs=_sum_costs,
+        sizes=_transformer(64, 4),
+        tiny={"rows": 5, "width": 24},
+        liger=Liger("liger_fused_add_rms_norm", lambda norm: lambda x, r, w: norm(x, r, w, EPS)),
     ),
     Kernel(
         name="rms_norm",

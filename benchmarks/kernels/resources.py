@@ -67,8 +67,8 @@ def section(chip: int, table: Sequence[Row]) -> Section:
         reached=spilling == 0 and too_large == 0 and not slow,
         columns=("kernel", "variant", "registers", "stack", "shared memory", "wgmma"),
         rows=tuple(rows),
-        note="By Triton's own assembler; registers and bytes of stack of a thread, bytes of shared memory of a "
-        "block, wgmma instructions in the code.",
+        note="By Triton's own assembler; registers and bytes of stack of a thread, bytes of shared memory of "
+        "a block, wgmma instructions in the code.",
     )
 
 

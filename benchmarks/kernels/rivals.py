@@ -40,7 +40,7 @@ def liger_function(name: str) -> Function | None:
     """A function of Liger-Kernel, where it is installed."""
     try:
         found: Function = getattr(import_module("liger_kernel.transformers.functional"), name)
-    except ImportError:
+    except (ImportError, AttributeError):  # not there, or a version without it
         return None
     return found
 

@@ -111,20 +111,21 @@ def bytes_of(inputs: Inputs) -> int:
 def prepared(function: Function, inputs: Inputs, which: str) -> Callable[[], Any]:
     """A call of one pass without arguments. Backward alone is over a graph that is made here and kept.
 
-    The gradient that it starts from is ones for a scalar, else random.
+    The gradients that it starts from are ones for a scalar, else random.
     """
     wanted = [t for t in tensors(inputs) if t.requires_grad]
     if which == "forward":
         return lambda: function(*inputs)
-    first = function(*inputs)
-    if not first.requires_grad:
+    first = list(tensors(function(*inputs)))
+    if not first[0].requires_grad:
         raise NotBackward("it has no backward")
-    dy = torch.ones_like(first)
-    if first.dim() > 0:
-        dy.normal_(generator=torch.Generator(first.device).manual_seed(1))
+    given = [torch.ones_like(y) for y in first]
+    for dy in given:
+        if dy.dim() > 0:
+            dy.normal_(generator=torch.Generator(dy.device).manual_seed(1))
     if which == "backward":
-        return lambda: torch.autograd.grad(first, wanted, dy, retain_graph=True)
-    return lambda: torch.autograd.grad(function(*inputs), wanted, dy)
+        return lambda: torch.autograd.grad(first, wanted, given, retain_graph=True)
+    return lambda: torch.autograd.grad(list(tensors(function(*inputs))), wanted, given)
 
 
 class NotBackward(Exception):
@@ -137,7 +138,7 @@ def results(function: Function, inputs: Inputs) -> list[Tensor]:
     found = list(tensors(y if y is not None else inputs[0]))
     wanted = [t for t in tensors(inputs) if t.requires_grad]
     if wanted and found[0].requires_grad:
-        found += torch.autograd.grad(y, wanted, torch.ones_like(y))
+        found += torch.autograd.grad(found, wanted, [torch.ones_like(t) for t in found])
     return [t.detach() for t in found]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import (
+    attention_tiles,
     bag_sums,
     dropout,
     embedding_bag,
@@ -30,6 +31,10 @@ CONFIGURATIONS = {
     **dict.fromkeys(("norm", "norm_backward"), rows.configuration(1024)),
     **dict.fromkeys(("add_norm", "add_norm_backward"), rows.configuration(1024)),
     **dict.fromkeys(("cross_entropy", "cross_entropy_backward"), rows.configuration(1024)),
+    **{
+        f"attention_{kernel}": attention_tiles.configuration(kernel, 64, torch.bfloat16, False)
+        for kernel in ("forward", "query", "key_value")
+    },
     "dropout": dropout.STATIC,
     "sum": gradient_sum.STATIC,
     "bags": embedding_bag.STATIC,
@@ -86,6 +91,8 @@ def test_all_sizes_up_to_a_power_of_two_share_an_entry() -> None:
     for count in (513, 1000, 1024):
         assert tuning.bucket_of("product", torch.bfloat16, SIZES | {"rows": count}) == BUCKET
     assert tuning.bucket_of("product", torch.bfloat16, SIZES | {"rows": 1025}) != BUCKET
+    flags = [tuning.bucket_of("attention_query", torch.float32, {"head": 64, "mask_rows": m}) for m in (0, 1)]
+    assert flags == ["float32 head=64 mask_rows=0", "float32 head=64 mask_rows=1"]
     with pytest.raises(ValueError, match=r"product is tuned by .'rows', 'columns', 'inner'."):
         tuning.bucket_of("product", torch.bfloat16, {"rows": 1})
 
