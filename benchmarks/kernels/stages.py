@@ -151,6 +151,8 @@ class StageWork:
         """The three passes of the stage with these kernels, once."""
         sizes = self.stage.sizes
         names = [op.name for op in captured.graph.operators if self.stage.belongs(op.name)]
+        if not names:
+            raise ValueError(f"no operator of the captured model is part of the stage {self.stage.name}")
         roots = Roots(captured.roots, captured.train.loss.weight is None)
         batch = self.stage.batch(sizes, self.samples)
         run = passes(captured.traced, names, self.samples, roots, batch, device, hooks_of(provider, device))

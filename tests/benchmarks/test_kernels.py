@@ -111,12 +111,10 @@ def test_kernels_have_sizes_of_the_paper_and_costs() -> None:
 @pytest.mark.parametrize("stage", stages.STAGES, ids=lambda stage: stage.name)
 def test_stages_run_with_our_kernels_and_without(stage: stages.Stage) -> None:
     small = replace(stage, sizes=stage.tiny, samples=(4,))
-    (work,) = stages.stage_works(("fp32",), (small,))
+    (work,) = stages.stage_works(("bf16",), (small,))
     both = replace(work, providers=(OURS, "eager"))
     found = list(both.run(MadeUpClock(), TOPS))
     assert [m.note for m in found] == ["", ""] and all(m.gpu is not None for m in found)
-    captured = stages.traced(small, "bf16", torch.device("cpu"))
-    assert any(small.belongs(op.name) for op in captured.graph.operators)
 
 
 def made(
