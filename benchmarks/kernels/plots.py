@@ -29,7 +29,9 @@ def _speed(found: Sequence[Measurement], path: Path, title: str) -> Path | None:
     cases = [c for c in ours if c[0] != "stage" and (c[-1] == "both" or c[:-1] not in both)]
     if not cases:
         return None
-    figure, axes = _page(title, 1.4 + 0.22 * len(cases))
+    from matplotlib.ticker import ScalarFormatter
+
+    figure, axes = _page(title, 1.4 + 0.2 * len(cases))
     for rival in RIVALS:
         points = [
             (m.gpu.median / ours[m.case], cases.index(m.case))
@@ -40,10 +42,12 @@ def _speed(found: Sequence[Measurement], path: Path, title: str) -> Path | None:
             axes.plot(*zip(*points, strict=True), "o", color=_COLOURS[rival], label=rival)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_ylim(-0.5, len(cases) - 0.5)
     axes.set_yticks(range(len(cases)), [f"{c[0]} {c[2]} {c[3]}" for c in cases], fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(xlabel="the rival's GPU time over ours, forward and backward")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set(xlabel="a rival's GPU time over ours, forward and backward")
+    figure.legend(loc="outside lower right", ncols=len(RIVALS), frameon=False, fontsize="small")
     figure.savefig(path)
     return path
 
@@ -71,7 +75,7 @@ def _share(found: Sequence[Measurement], path: Path, title: str) -> Path | None:
 def _page(title: str, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, height), layout="constrained")
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize="medium")
     axes.grid(True, color="#dddddd", linewidth=0.6)
