@@ -132,7 +132,7 @@ def test_what_is_written_in_between() -> None:
         first, j = functional.embedding_bag(i, a), i + 0
         second = functional.embedding_bag(j, b)
         j.remainder_(2)
-        return first + second + functional.embedding_bag(j, c)
+        return (first + second) * functional.embedding_bag(j, c)
 
     given = (*TABLES[:2], TABLES[1] + 1, INDICES[0][None])
     fused, report = fuse(make_fx(moved, pre_dispatch=True, tracing_mode="fake")(*given))
