@@ -9,6 +9,7 @@ import torch
 
 from gpp.runtime.out_of_memory import DeviceMemoryError, advice, explained, is_out_of_memory
 from tests.mpirun import REPOSITORY, job_environment, run_mpi, why_no_mpi
+from tests.thorough import thorough
 
 from .models import in_stages, ranked
 
@@ -39,6 +40,7 @@ def test_with_little_address_space() -> None:
     assert "DeviceMemoryError" in done.stderr
 
 
+@thorough
 @needs_limits
 def test_with_enough_of_it() -> None:
     done = alone(4000)

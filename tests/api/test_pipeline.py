@@ -15,12 +15,28 @@ from gpp.plan import PlanError
 from gpp.runtime.data import Batches, DataError
 from gpp.runtime.loopback import LoopbackWorld
 from tests.equality.models import Chain, batch
+from tests.thorough import thorough
 
 from . import scenes
 from .models import adam, expected, in_stages, ranked, rows
 
+ONCE = (
+    "padded-clipped",
+    "replicas-1-2-1-clipped",
+    "dropout-replicas",
+    "ema-sharded",
+    "chain-two-on-a-device",
+)
 
-@pytest.mark.parametrize("name", [name for names in scenes.EQUAL.values() for name in names])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ONCE else pytest.param(name, marks=thorough)
+        for names in scenes.EQUAL.values()
+        for name in names
+    ],
+)
 def test_equal_to_the_reference(name: str) -> None:
     torch.set_num_threads(1)
     scenes.equal_to_the_reference(scenes.BY_NAME[name])

@@ -129,7 +129,7 @@ def test_loss_and_gradients_are_those_of_eager_autocast(kind: type[nn.Module]) -
     assert 0 < (full - eager).abs() < 0.02 * full.abs()  # and it does make a difference
 
 
-@pytest.mark.parametrize("kind", [models.Chain, models.Encoder, models.BatchNorm, models.Padded, Transformer])
+@pytest.mark.parametrize("kind", [models.Encoder, models.BatchNorm])
 def test_operators_keep_their_names_and_parameters(kind: type[nn.Module]) -> None:
     full, half = made(kind, None)[1].graph, made(kind)[1].graph
     assert [op.name for op in half.operators] == [op.name for op in full.operators]

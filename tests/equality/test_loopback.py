@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpp.runtime.loopback import LoopbackWorld, run
 from gpp.runtime.staging import HostSlot, OnHost
+from tests.thorough import thorough
 
 from .cases import CASES, Case
 from .harness import compare, prepare, run_rank
@@ -30,7 +31,12 @@ class Overwritten(OnHost):
         return memory, [OverwrittenSlot(slot.wire) for slot in slots]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# low precision changes no message's way: what it shares with float32 is held there
+HALF = ("bf16-encoder", "bf16-zero-bubble", "bf16-tied", "bf16-frozen")
+FEWER = [c if c.precision != "bf16" or c.name in HALF else pytest.param(c, marks=thorough) for c in CASES]
+
+
+@pytest.mark.parametrize("case", FEWER, ids=lambda case: case.name)
 def test_equal_to_reference(case: Case) -> None:
     torch.set_num_threads(1)
     ready = prepare(case)

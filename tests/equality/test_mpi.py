@@ -19,7 +19,7 @@ pytestmark = [
 
 
 PLAIN, SYNCHRONOUS = "0", "1"
-ONCE = ((3, PLAIN), (4, SYNCHRONOUS), (6, PLAIN))
+ONCE = ((4, SYNCHRONOUS), (6, PLAIN))
 BOTH = [(ranks, way) for ranks in (1, 2, 3, 4, 6) for way in (PLAIN, SYNCHRONOUS)]
 
 

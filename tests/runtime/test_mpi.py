@@ -11,6 +11,7 @@ import pytest
 
 from tests.mpirun import job_environment, run_mpi, why_no_mpi
 from tests.runtime.cases import CASES
+from tests.thorough import thorough
 
 PROGRAM = Path(__file__).with_name("mpi_cases.py")
 pytestmark = [
@@ -19,7 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "synchronous"), [(2, "0"), (4, "0"), (3, "1")])
+@pytest.mark.parametrize(("ranks", "synchronous"), [pytest.param(2, "0", marks=thorough), (4, "0"), (3, "1")])
 def test_cases(ranks: int, synchronous: str) -> None:
     environment = {"GPP_SYNCHRONOUS_SENDS": synchronous}
     job = run_mpi(ranks, str(PROGRAM), "passing", timeout=120, environment=environment)
