@@ -38,10 +38,10 @@ from .attention_tiles import (
     check_attention,
     common,
     head_base,
+    head_of_block,
     head_rows,
     key_range,
     masked_scores,
-    query_block,
     shaped_like,
     store_head_rows,
     tile_of,
@@ -138,8 +138,11 @@ def attention_forward_kernel(
     STEP: tl.constexpr,
 ):
     """y and the statistics of one block of queries of one head."""
-    index, first_row = query_block(queries, OWN)
-    sample, head = index // heads, index % heads
+    row_blocks = tl.cdiv(queries, OWN)
+    index, sample, head = head_of_block(row_blocks, heads)
+    first_row = (
+        row_blocks - 1 - tl.program_id(0) % row_blocks
+    ) * OWN  # a causal program's longest come first
     row = first_row + tl.arange(0, OWN)
     k = (head_base(k_ptr, k_strides, sample, head // group), k_strides[2])
     v = (head_base(v_ptr, v_strides, sample, head // group), v_strides[2])

@@ -28,7 +28,16 @@ from .attention_reference import (
     reference_backward_query,
     reference_delta,
 )
-from .attention_tiles import along, check_attention, common, head_base, head_rows, shaped_like, tile_of
+from .attention_tiles import (
+    along,
+    check_attention,
+    common,
+    head_base,
+    head_of_block,
+    head_rows,
+    shaped_like,
+    tile_of,
+)
 from .launch import blocks, launch, power_of_two
 from .library import check_dtype, check_tensors, register, require
 from .rows import statistics_dtype
@@ -55,8 +64,7 @@ def attention_delta_kernel(
 ):
     """delta of one block of queries of one head."""
     row_blocks = tl.cdiv(queries, ROWS)
-    index = (tl.program_id(0) // row_blocks).to(tl.int64)
-    sample, head = index // heads, index % heads
+    index, sample, head = head_of_block(row_blocks, heads)
     row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
     dy_base = head_base(dy_ptr, dy_strides, sample, head)
     y_base = head_base(y_ptr, y_strides, sample, head)

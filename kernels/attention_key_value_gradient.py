@@ -17,6 +17,7 @@ from .attention_tiles import (
     NOT_SPECIALIZED,
     allowed_scores,
     head_base,
+    head_of_block,
     head_rows,
     masked_scores,
     store_head_rows,
@@ -123,9 +124,7 @@ def attention_key_value_kernel(
 ):
     """dkey and dvalue of one block of keys."""
     key_blocks = tl.cdiv(keys, OWN)
-    shared_heads = heads // group
-    index = (tl.program_id(0) // key_blocks).to(tl.int64)
-    sample, shared = index // shared_heads, index % shared_heads
+    _, sample, shared = head_of_block(key_blocks, heads // group)
     first_column = tl.program_id(0) % key_blocks * OWN
     column = first_column + tl.arange(0, OWN)
     k_base = head_base(k_ptr, k_strides, sample, shared)

@@ -14,10 +14,10 @@ from .attention_tiles import (
     NOT_SPECIALIZED,
     allowed_scores,
     head_base,
+    head_of_block,
     head_rows,
     key_range,
     masked_scores,
-    query_block,
     store_head_rows,
     weights_again,
 )
@@ -110,8 +110,11 @@ def attention_query_kernel(
     STEP: tl.constexpr,
 ):
     """dquery of one block of queries."""
-    index, first_row = query_block(queries, OWN)
-    sample, head = index // heads, index % heads
+    row_blocks = tl.cdiv(queries, OWN)
+    index, sample, head = head_of_block(row_blocks, heads)
+    first_row = (
+        row_blocks - 1 - tl.program_id(0) % row_blocks
+    ) * OWN  # a causal program's longest come first
     row = first_row + tl.arange(0, OWN)
     k = (head_base(k_ptr, k_strides, sample, head // group), k_strides[2])
     v = (head_base(v_ptr, v_strides, sample, head // group), v_strides[2])

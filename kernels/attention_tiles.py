@@ -55,10 +55,12 @@ def configuration(kernel: str, head: int, dtype: torch.dtype, mask_rows: bool) -
     if dtype.itemsize > 2:
         return Tile(32, 32, 8 if large else 4, 1 if kernel == "forward" else 2)
     if kernel == "forward":
-        return Tile(64, 64, 8, 2) if large and mask_rows else Tile(128, 64, 8, 3)
+        return Tile(64, 64, 8, 2) if large and mask_rows else Tile(128, 64, 8, 3 if head > 32 else 4)
     if kernel == "query":
         return Tile(64, 32, 4, 2) if large and mask_rows else Tile(128, 32, 8, 3)
-    return Tile(64, 32, 8, 2) if large or mask_rows else Tile(128, 32, 8, 3)
+    if large or mask_rows:
+        return Tile(64, 32, 8, 2 if large else 1)
+    return Tile(128, 32, 8, 3)
 
 
 def tile_of(kernel: str, query: Tensor, mask_rows: bool) -> Tile:
@@ -70,8 +72,8 @@ def tile_of(kernel: str, query: Tensor, mask_rows: bool) -> Tile:
 
 @triton.jit
 def head_base(pointer, strides, sample, head):
-    """Where a head begins. Indices are int64."""
-    return pointer + sample * strides[0] + head * strides[1]
+    """Where a head begins."""
+    return pointer + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @triton.jit
@@ -99,12 +101,13 @@ def store_head_rows(base, row, stride, count, value, HEAD: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def query_block(queries, OWN: tl.constexpr):
-    """(head among those of all samples, first query) of a program; the last queries, for which a causal
-    program takes longest, come first."""
-    row_blocks = tl.cdiv(queries, OWN)
-    index = (tl.program_id(0) // row_blocks).to(tl.int64)
-    return index, (row_blocks - 1 - tl.program_id(0) % row_blocks) * OWN
+def head_of_block(blocks, heads):
+    """(head among those of all samples, sample, head) of a program, whose number counts blocks first.
+
+    The divisions are of 32 bits, those of 64 are calls; the results multiply strides and are of 64.
+    """
+    index = tl.program_id(0) // blocks
+    return index.to(tl.int64), (index // heads).to(tl.int64), index % heads
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from .library import KERNEL_DTYPES
 from .patterns.add_norm import add_norms
+from .patterns.attention import attentions
 from .patterns.dropout import dropouts
 from .patterns.embedding import EMBEDDINGS
 from .patterns.interaction import INTERACTIONS
@@ -80,9 +81,10 @@ def _module_of(node: fx.Node) -> str:
     return str(path).removeprefix("L['self']").lstrip(".")
 
 
-def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
+def phases(keyed: Keyed | None, attention: bool) -> tuple[Mapping[Any, Pattern], ...]:
     """The patterns by the targets of the nodes they start at."""
     return (
+        attentions(keyed, plain=attention),
         EMBEDDINGS,
         INTERACTIONS,
         LOSSES,
@@ -95,18 +97,21 @@ def phases(keyed: Keyed | None) -> tuple[Mapping[Any, Pattern], ...]:
     )
 
 
-def fuse(graph_module: fx.GraphModule, keyed: Keyed | None = None) -> tuple[fx.GraphModule, FuseReport]:
+def fuse(
+    graph_module: fx.GraphModule, keyed: Keyed | None = None, *, attention: bool = False
+) -> tuple[fx.GraphModule, FuseReport]:
     """A copy of the graph with patterns replaced (parameters are shared, not copied), and what was done.
 
     Calls must carry `meta["val"]`, as exported and traced ones do; one without is left alone. Sub-graphs of
     higher-order operators are not entered, their nodes are listed as left. `keyed` names the nodes that drop
-    elements, if any do.
+    elements, if any do; `attention` takes attention without dropout too, which torch's operator keeps
+    otherwise.
     """
     result = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     result.meta.update(graph_module.meta)
     fused: list[Fused] = []
     left: list[Left] = []
-    patterns = phases(keyed)
+    patterns = phases(keyed, attention)
     for phase in patterns:
         gone: set[fx.Node] = set()
         for node in list(result.graph.nodes):

@@ -12,7 +12,7 @@ from gpp.program.build import Hooks
 from gpp.program.random import keyed_attention, keyed_dropout
 from gpp.runtime.communicator import Communicator
 
-from .settings import KERNELS, choice
+from .settings import ATTENTION, KERNELS, choice
 
 if TYPE_CHECKING:
     from kernels.fuse import FuseReport
@@ -26,6 +26,13 @@ def kernels_name(config: DictConfig, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "eager"
 
 
+def described(config: DictConfig, device: torch.device) -> str:
+    """The kernels in words, which say all of them that times depend on."""
+    name = kernels_name(config, device)
+    own = name == "triton" and config.kernels.attention == "triton"
+    return f"{name}, own attention" if own else name
+
+
 def hooks(
     config: DictConfig, device: torch.device, report: Callable[["FuseReport"], None] | None = None
 ) -> Hooks:
@@ -37,9 +44,10 @@ def hooks(
             from kernels.patterns.match import Keyed
 
             keyed = Keyed(torch.ops.gpp.keyed_bits.default, keyed_dropout, keyed_attention)
+            own_attention = choice(config, "kernels.attention", ATTENTION) == "triton"
 
             def fused(module: fx.GraphModule) -> fx.GraphModule:
-                made, found = fuse(module, keyed)
+                made, found = fuse(module, keyed, attention=own_attention)
                 if report is not None:
                     report(found)
                 return made

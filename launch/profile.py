@@ -45,7 +45,7 @@ def _profile(config: DictConfig, ranks: int) -> None:
     from gpp.capture.profile import profile as measured
 
     from .job import gather
-    from .kernels import hooks, kernels_name
+    from .kernels import described, hooks
 
     torch.set_num_threads(threads_of_a_rank(ranks))  # as a rank has them when training
     material, _ = gather(config, own_overrides())
@@ -56,7 +56,7 @@ def _profile(config: DictConfig, ranks: int) -> None:
         Measurement(
             sizes=sizes,
             device=material.device,
-            where=where(material.device, kernels_name(config, material.device)),
+            where=where(material.device, described(config, material.device)),
             hooks=hooks(config, material.device),
             seconds=number(config, "measure.seconds", above=0.0),
             stages=whole(config, "measure.stages", 1),

@@ -78,11 +78,12 @@ _KEYS = {
     "cost": ("update_traffic", "path"),
     "emulation": ("slowdown", "message_bytes"),
     "schedule": ("name", "extra_warm_up", "k"),
-    "kernels": ("name",),
+    "kernels": ("name", "attention"),
     "transport": ("name", "reduce"),
     "precision": ("name", "autocast"),
 }
 KERNELS = ("eager", "inductor", "triton", "auto")
+ATTENTION = ("torch", "triton")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # as the configuration and as plans call them
 
 
@@ -99,7 +100,12 @@ def check_keys(config: DictConfig) -> None:
 
 def check_choices(config: DictConfig) -> None:
     """The groups of which only the name counts."""
-    choice(config, "kernels.name", KERNELS)
+    if choice(config, "kernels.name", KERNELS) in ("triton", "auto"):
+        choice(config, "kernels.attention", ATTENTION)
+    elif OmegaConf.select(config, "kernels.attention") is not None:
+        raise SettingsError(
+            f"kernels.attention is read with kernels=triton and auto, it is kernels={config.kernels.name}"
+        )
     choice(config, "transport.name", ("auto", "device", "host"))
     choice(config, "transport.reduce", ("auto", "mpi", "nccl"))
     choice(config, "device", ("auto", "cpu", "cuda", "emulated"))

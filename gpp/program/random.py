@@ -117,7 +117,10 @@ def keyed_attention(
     scale: float | None,
     gqa: bool,
 ) -> Tensor:
-    """Scaled dot-product attention written out, with keyed dropout on the weights."""
+    """Scaled dot-product attention written out, with keyed dropout on the weights.
+
+    A query that no key is left for gets zeros, as in torch's.
+    """
     if gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
@@ -131,7 +134,8 @@ def keyed_attention(
             scores = scores.masked_fill(mask.logical_not(), float("-inf"))
         else:
             scores = scores + mask
-    return keyed_dropout(torch.softmax(scores, -1), bits, p) @ value
+    weights: Tensor = torch.ops.aten._safe_softmax(scores, -1)
+    return keyed_dropout(weights, bits, p) @ value
 
 
 def keyed(module: fx.GraphModule, seed: int, names: Mapping[fx.Node, str], batch: Any) -> None:
