@@ -44,7 +44,6 @@ from .attention_tiles import (
     masked_scores,
     shaped_like,
     store_head_rows,
-    tile_of,
 )
 from .keyed import keyed_ahead, keyed_kept, keyed_place, keyed_stream
 from .launch import blocks, launch
@@ -194,17 +193,12 @@ def launch_forward(
     """(y, peak, log_sum): y like query, the statistics float32 [samples, heads, queries]."""
     options = (mask, position, node_key, elements, p, causal, scale)
     y, peak, log_sum = empty_forward(query)
-    arguments, constants = common(query, key, value, *options)
-    tile = tile_of("forward", query, constants["MASK_ROWS"])
+    arguments, constants = common("forward", query, key, value, *options)
     launch(
         attention_forward_kernel,
-        (blocks(query.shape[2], tile.own) * query.shape[0] * query.shape[1],),
+        (blocks(query.shape[2], constants["OWN"]) * query.shape[0] * query.shape[1],),
         *(*arguments, y, y.stride(), peak, log_sum),
         **constants,
-        OWN=tile.own,
-        STEP=tile.step,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return y, peak, log_sum
 

@@ -36,7 +36,6 @@ from .attention_tiles import (
     head_of_block,
     head_rows,
     shaped_like,
-    tile_of,
 )
 from .launch import blocks, launch, power_of_two
 from .library import check_dtype, check_tensors, register, require
@@ -102,17 +101,12 @@ def launch_query(
 ) -> Tensor:
     """dquery."""
     dquery, dy = shaped_like(query), along(dy)
-    arguments, constants = common(query, key, value, *rest)
-    tile = tile_of("query", query, constants["MASK_ROWS"])
+    arguments, constants = common("query", query, key, value, *rest)
     launch(
         attention_query_kernel,
-        (blocks(query.shape[2], tile.own) * query.shape[0] * query.shape[1],),
+        (blocks(query.shape[2], constants["OWN"]) * query.shape[0] * query.shape[1],),
         *(*arguments, dy, dy.stride(), peak, log_sum, delta, dquery, dquery.stride()),
         **constants,
-        OWN=tile.own,
-        STEP=tile.step,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return dquery
 
@@ -129,18 +123,13 @@ def launch_key_value(
 ) -> tuple[Tensor, Tensor]:
     """(dkey, dvalue)."""
     dkey, dvalue, dy = shaped_like(key), shaped_like(value), along(dy)
-    arguments, constants = common(query, key, value, *rest)
-    tile = tile_of("key_value", query, constants["MASK_ROWS"])
+    arguments, constants = common("key_value", query, key, value, *rest)
     launch(
         attention_key_value_kernel,
-        (blocks(key.shape[2], tile.own) * key.shape[0] * key.shape[1],),
+        (blocks(key.shape[2], constants["OWN"]) * key.shape[0] * key.shape[1],),
         *(*arguments, dy, dy.stride(), peak, log_sum, delta),
         *(dkey, dkey.stride(), dvalue, dvalue.stride()),
         **constants,
-        OWN=tile.own,
-        STEP=tile.step,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return dkey, dvalue
 

@@ -53,7 +53,7 @@ def configuration(kernel: str, head: int, dtype: torch.dtype, mask_rows: bool) -
     """
     large = head > 64
     if dtype.itemsize > 2:
-        return Tile(32, 32, 8 if large else 4, 1 if kernel == "forward" else 2)
+        return Tile(32, 32, 8, 1 if kernel == "forward" else 2)
     if kernel == "forward":
         return Tile(64, 64, 8, 2) if large and mask_rows else Tile(128, 64, 8, 3 if head > 32 else 4)
     if kernel == "query":
@@ -192,6 +192,7 @@ def score_scale(scale: float | None, head: int) -> float:
 
 
 def common(
+    kernel: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -203,7 +204,11 @@ def common(
     causal: bool,
     scale: float | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first arguments of all three kernels, and their constants."""
+    """The first arguments of the three kernels, and the constants and options of one of them.
+
+    In float32 the assembler would rather spill a few bytes than give up a block on a processor: told that it
+    may take all registers, it does not.
+    """
     head = query.shape[-1]
     query, key, value = along(query), along(key), along(value)
     wide = kernel_mask(mask, query, key)
@@ -217,16 +222,22 @@ def common(
         *(threshold_and_scale(p) if dropping else (0, 1.0)),
         score_scale(scale, head) * LOG2_E,
     )
+    mask_rows = wide is not None and wide.stride(2) != 0
+    tile = tile_of(kernel, query, mask_rows)
     constants = {
         "CAUSAL": causal,
         "DROPOUT": dropping,
         "MASK": NO_MASK if mask is None else BOOLEAN if mask.dtype == torch.bool else ADDED,
-        "MASK_ROWS": wide is not None and wide.stride(2) != 0,
+        "MASK_ROWS": mask_rows,
         "PRECISION": precision(),
         "HEAD": head,
         "WIDTH": max(16, power_of_two(head)),
+        "OWN": tile.own,
+        "STEP": tile.step,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
     }
-    return arguments, constants
+    return arguments, constants if query.dtype.itemsize == 2 else {**constants, "maxnreg": 255}
 
 
 def check_attention(

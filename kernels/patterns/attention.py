@@ -9,7 +9,7 @@ nothing to key: those are left to it unless the user wants these.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -24,7 +24,7 @@ _check = partial(check_attention, "attention")
 
 
 def _keyed(keyed: Keyed, node: fx.Node) -> Match:
-    query, key, value, bits, mask, p, causal, scale, gqa = node.args
+    query, key, value, bits, mask, p, causal, scale, gqa = cast("tuple[Any, ...]", node.args)
     if bits.target is not keyed.bits:
         raise LeftAlone(f"its bits are made by {bits.name}")
     heads, queries, keys = _sizes(query, key)
