@@ -6,6 +6,7 @@ prints one JSON object a line: kernel, case, registers, bytes of stack (spills),
 number of wgmma instructions. The launch functions run on meta tensors, with a launcher that compiles.
 """
 
+import itertools
 import json
 import os
 import re
@@ -22,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from kernels import (
     add_norm,
     add_norm_backward,
-    add_norm_forward,
     add_norm_gradient,
-    bag_sums,
+    attention,
+    attention_gradient,
     cross_entropy,
     dropout,
     embedding_bag,
@@ -36,10 +37,7 @@ from kernels import (
     launch,
     layer_norm,
     linear,
-    norm,
     pointwise_loss,
-    product,
-    reduction,
     rms_norm,
 )
 from kernels.rows import WHOLE_ROW
@@ -257,6 +255,34 @@ def interaction_cases() -> Any:
         yield case, interaction.launch_backward, (dy, x, 1)
 
 
+def attention_cases() -> Any:
+    """Half precision with the largest heads, and float32; with ALL every head size, mask and option."""
+    bfloat, wide = torch.bfloat16, torch.float32
+    cases = [(bfloat, 128, True, 0.1, "none"), (wide, 64, False, 0.1, "padding")]
+    if ALL:
+        masks = ("none", "padding", "of queries", "added")
+        cases += list(itertools.product((bfloat,), (128, 64, 32), (False,), (0.0, 0.1), masks))
+        cases += list(itertools.product((bfloat,), (128, 64, 32), (True,), (0.0, 0.1), masks[:2]))
+        cases += [(wide, head, causal, 0.1, "none") for head in (128, 32) for causal in (False, True)]
+    for dtype, head, causal, p, mask in cases:
+        query, key, value = empty(8, 512, 3, 16, head, dtype=dtype).permute(2, 0, 3, 1, 4)
+        given = {
+            "none": None,
+            "padding": empty(8, 1, 1, 512, dtype=torch.bool),
+            "of queries": empty(8, 1, 512, 512, dtype=torch.bool),
+            "added": empty(8, 1, 512, 512, dtype=dtype),
+        }[mask]
+        position = empty(2, dtype=torch.int64)
+        options = (given, position, 1 << 62, 16 * 512 * 512, p, causal, None)
+        case = f"attention {dtype} head {head} causal {causal} p {p} mask {mask}"
+        yield case, attention.launch_forward, (query, key, value, *options)
+        y, peak, log_sum = attention.empty_forward(query)
+        yield case, attention_gradient.launch_delta, (y, y)
+        arguments = (y, query, key, value, peak, log_sum, log_sum, *options)
+        yield case, attention_gradient.launch_query, arguments
+        yield case, attention_gradient.launch_key_value, arguments
+
+
 def main(architecture: int) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     assert not launch.INTERPRETED, "compile in a process where TRITON_INTERPRET is not set"
@@ -270,33 +296,23 @@ def main(architecture: int) -> None:
         row |= {"shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
         print(json.dumps(row), flush=True)
 
-    losses = (cross_entropy, pointwise_loss, reduction)
-    with_launches = (
-        norm,
-        add_norm_forward,
-        add_norm_backward,
-        linear,
-        product,
-        dropout,
-        gradient_sum,
-        *losses,
-        embedding_bag,
-        bag_sums,
-        interaction,
-        join_linear,
-        join_gradient,
-    )
-    for module in with_launches:
-        module.launch = compile_only
-    norms = (
+    own = launch.launch
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("kernels.") and getattr(module, "launch", None) is own:
+            module.launch = compile_only  # type: ignore[attr-defined]
+    everything = (
         *layer_norm_cases(),
         *rms_norm_cases(),
         *add_norm_cases(),
         *loss_cases(),
         *dropout_cases(),
         *sum_cases(),
+        *embedding_bag_cases(),
+        *interaction_cases(),
+        *attention_cases(),
+        *join_cases(),
+        *linear_cases(),
     )
-    everything = (*norms, *embedding_bag_cases(), *interaction_cases(), *join_cases(), *linear_cases())
     for case, function, arguments in everything:  # noqa: B007
         function(*arguments)
 

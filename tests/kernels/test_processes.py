@@ -13,6 +13,7 @@ import pytest
 from tests.thorough import ALL, thorough
 
 ROOT = Path(__file__).parents[2]
+ATTENTION = ("forward", "query", "key_value")  # its kernels that multiply matrices
 SHARED_MEMORY = {90: 232448, 80: 166912}  # bytes that one block may use
 
 
@@ -73,6 +74,10 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
         "interaction_backward_kernel",
         "join_forward_kernel",
         "join_weight_kernel",
+        "attention_forward_kernel",
+        "attention_delta_kernel",
+        "attention_query_kernel",
+        "attention_key_value_kernel",
     }
     assert [row for row in table if row["stack"] > 0] == []
     assert [row for row in table if row["shared"] > SHARED_MEMORY[architecture]] == []
@@ -81,10 +86,9 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
 def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
     tables: dict[int, list[dict[str, Any]]],
 ) -> None:
-    products = [
-        row for row in tables[90] if row["kernel"] == "product_kernel" and "float32" not in row["case"]
-    ]
-    assert len(products) >= 10
+    with_products = ("product_kernel", *(f"attention_{kind}_kernel" for kind in ATTENTION))
+    products = [row for row in tables[90] if row["kernel"] in with_products and "float32" not in row["case"]]
+    assert len(products) >= 13
     assert [row for row in products if row["wgmma"] == 0] == []
 
 
@@ -93,13 +97,15 @@ def test_any_number_of_samples_and_places_runs_the_same_compiled_kernels() -> No
 import torch, triton
 from tests.kernels.ahead_of_time import NoDevice, empty
 from kernels import add_norm, add_norm_backward, add_norm_forward, add_norm_gradient
-from kernels import bag_sums, embedding_bag, embedding_bag_gradient, gradient_sum, interaction
+from kernels import attention, attention_gradient, bag_sums, embedding_bag, embedding_bag_gradient
+from kernels import gradient_sum, interaction
 triton.runtime.driver.set_active(NoDevice(90))
 compiled = set()
 def compile_only(kernel, grid, *arguments, **options):
     compiled.add((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options).hash))
 for module in (add_norm_backward, add_norm_forward, bag_sums, embedding_bag, gradient_sum, interaction):
     module.launch = compile_only
+attention.launch = attention_gradient.launch = compile_only
 for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     indices = [empty(places + table, dtype=torch.int64) for table in range(2)]
     bags = (indices, [empty(samples, dtype=torch.int64)] * 2)
@@ -114,11 +120,21 @@ for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     y, s, mean, rstd = add_norm.launch_forward(*options)
     add_norm_gradient.launch_backward_both(y, s, s, mean, rstd, None, x.dtype, x.dtype, *drop)
     gradient_sum.launch_sum([x, x, x], torch.float32)
+    q = empty(samples, 2, places, 32, dtype=torch.bfloat16)
+    numbers = (None, empty(2, dtype=torch.int64), 1 << 62, 1 << 33, 0.1, False, None)
+    y, *saved = attention.launch_forward(q, q, q, *numbers)
+    delta = attention_gradient.launch_delta(y, y)
+    attention_gradient.launch_query(y, q, q, q, *saved, delta, *numbers)
+    attention_gradient.launch_key_value(y, q, q, q, *saved, delta, *numbers)
 print(*sorted(name for name, _ in compiled))
 """
     assert python("-c", code, interpret=False).split() == [
         "add_norm_backward_kernel",
         "add_norm_kernel",
+        "attention_delta_kernel",
+        "attention_forward_kernel",
+        "attention_key_value_kernel",
+        "attention_query_kernel",
         "bag_forward_kernel",
         "bag_join_kernel",
         "bag_key_kernel",
@@ -134,7 +150,7 @@ def test_import_needs_no_device() -> None:
 import sys, torch, triton
 def refuse(*_): raise AssertionError("a driver was asked for")
 type(triton.runtime.driver).active = property(refuse)
-import kernels.fuse, kernels.embedding_bag, kernels.interaction
+import kernels.fuse, kernels.attention, kernels.embedding_bag, kernels.interaction
 from kernels.linear import linear
 print(linear(torch.ones(2, 3), torch.ones(4, 3), None, "relu").sum().item())
 assert not torch.cuda.is_initialized() and not any(m.startswith("gpp.") for m in sys.modules)
