@@ -166,7 +166,7 @@ class StageWork:
 
 def hooks_of(provider: str, device: torch.device) -> Hooks:
     """As `kernels=` of a configuration gives them."""
-    return hooks(OmegaConf.create({"kernels": {"name": provider}}), device)
+    return hooks(OmegaConf.create({"kernels": {"name": provider, "attention": "torch"}}), device)
 
 
 def traced(stage: Stage, dtype: str, device: torch.device) -> Captured:

@@ -123,6 +123,17 @@ def test_choices(key: str) -> None:
         check_choices(configuration(**{key: "other"}))
 
 
+@pytest.mark.parametrize("name", ["triton", "auto", "eager"])
+def test_only_own_kernels_have_a_choice_of_attention(name: str) -> None:
+    read = name != "eager"
+    good = configuration(kernels__name=name, **({"kernels__attention": "triton"} if read else {}))
+    check_keys(good)
+    check_choices(good)
+    says = "kernels.attention must be one of torch, triton" if read else "read with kernels=triton and auto"
+    with pytest.raises(SettingsError, match=says):
+        check_choices(configuration(kernels__name=name, kernels__attention="other"))
+
+
 @pytest.mark.parametrize(
     "value, world, count",
     [("auto", None, 4), ("auto", 3, 3), (2, 3, 2), (3, 3, 3), (7, None, 7)],
