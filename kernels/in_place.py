@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from .embedding_bag_gradient import embedding_bag_accumulate_weight, embedding_bag_backward_weight
 from .join_gradient import join_linear_accumulate_weight, join_linear_backward_weight
-from .linear import linear_accumulate_weight, linear_backward_weight
+from .linear_gradient import linear_accumulate_weight, linear_backward_weight
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -34,9 +34,7 @@ _SUMS = (torch.float32, torch.float64)
 
 def accumulate(module: fx.GraphModule) -> fx.GraphModule:
     """Rewrite the graph in place. Products must carry `meta["val"]`, others are left alone."""
-    additions = [
-        n for n in module.graph.nodes if n.target is aten.add_.Tensor and _is_plain(n) and not n.users
-    ]
+    additions = [n for n in module.graph.nodes if n.target is aten.add_.Tensor and _is_sum(n)]
     while additions:
         addition = additions.pop()
         total, made = addition.args
@@ -50,6 +48,13 @@ def accumulate(module: fx.GraphModule) -> fx.GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _is_sum(addition: fx.Node) -> bool:
+    """Whether an argument of the graph is added to, and nobody reads what comes out."""
+    total = addition.args[0]
+    given = isinstance(total, fx.Node) and total.op == "placeholder"
+    return given and _is_plain(addition) and not addition.users
 
 
 def _is_plain(addition: fx.Node) -> bool:

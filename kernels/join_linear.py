@@ -24,11 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from .activation import ACTIVATIONS, NEEDS_PREACTIVATION, activate, reference_activate
 from .bags import pick
+from .bias_gradient import linear_backward_bias
 from .join_gradient import join_linear_backward_weight
 from .join_parts import check_parts, columns_of, configuration, groups_of, place_in_parts, place_of_tile
 from .launch import blocks, launch
 from .library import check_dtype, check_tensors, register, register_autograd, require
-from .linear import linear_backward_activation, linear_backward_bias, linear_backward_input
+from .linear_gradient import linear_backward_activation, linear_backward_input
 from .product import precision
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ if INTERPRETED:
 
     interpreter.repair()
 
+HOPPER = 90
 # The interpreter keeps its program id and its patched language in globals.
 _interpreter_lock = threading.RLock()
 
@@ -29,7 +31,8 @@ _counter: ContextVar[Counter[str] | None] = ContextVar("counter", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run `kernel` on the device of its first argument, a tensor; an empty grid is no launch at all."""
+    """Run `kernel` on the device of its first argument, a tensor or a descriptor; an empty grid is no
+    launch at all."""
     if 0 in grid:
         return
     counter = _counter.get()
@@ -39,7 +42,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         with _interpreter_lock, interpreter.arithmetic():
             kernel[grid](*arguments, **options)
     else:
-        with _on_device(arguments[0]):
+        with _on_device(getattr(arguments[0], "base", arguments[0])):
             kernel[grid](*arguments, **options)
 
 
@@ -58,6 +61,35 @@ def _on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+def architecture(tensor: torch.Tensor) -> int:
+    """The compute capability, times 10, of the device that a kernel for `tensor` runs on; for tensors that
+    are nowhere, of the one that is compiled for. The interpreter can do what Hopper does, and launches are
+    counted as there."""
+    if INTERPRETED or _counter.get() is not None:
+        return HOPPER
+    if not tensor.is_cuda:
+        return int(triton.runtime.driver.active.get_current_target().arch)
+    device = _device(tensor.device.index)
+    return int(device.major * 10 + device.minor)
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where the tensor begins in memory; 0 where launches are counted, of tensors that are in none."""
+    return 0 if _counter.get() is not None else tensor.data_ptr()
+
+
+def processors(tensor: torch.Tensor) -> int:
+    """The multiprocessors of that device; of the interpreter, which runs one program at a time, 1."""
+    if not tensor.is_cuda or _counter.get() is not None:
+        return 1
+    return int(_device(tensor.device.index).multi_processor_count)
+
+
+@cache
+def _device(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
 
 
 def blocks(size: int, block: int) -> int:

@@ -1,45 +1,85 @@
-"""Matrix products with an epilogue: tiles of the result, one program each.
+"""Matrix products with an epilogue: how they are laid on programs, and which of the two kernels makes them.
 
 Products accumulate in float32, in blocks of the inner dimension in their order and never split over programs:
-a row of the result does not depend on how many rows there are, and no result on timing.
+a row of the result does not depend on how many rows there are, and no result on timing. A product without an
+epilogue is better left to torch, whose library's are faster.
 """
 
-# Kernel parameters have no Python types: mypy sees the functions that a host calls.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .activation import ACTIVATIONS, activate
-from .launch import blocks, launch
+from .activation import ACTIVATIONS
+from .keyed import threshold_and_scale
+from .launch import address, architecture, blocks, launch, processors
+from .product_kernels import described_product_kernel, product_kernel
 from .tuning import tuned
+
+DESCRIBING = (90, 100, 103)  # architectures with descriptors, and shared memory for the tiles
+WORTH_A_COPY = 256  # the least size of a product for which an operand is copied to be described
+DESCRIBED_BYTES = 16  # what the address and the rows of a matrix that a descriptor describes are multiples of
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and columns of the result that one program computes, `inner` elements of the sum at a time."""
+    """Rows and columns of the result that one program computes, `inner` elements of the sum at a time.
+
+    The epilogue takes the columns in `parts`. A multiprocessor holds `resident` programs.
+    """
 
     rows: int
     columns: int
     inner: int
     warps: int
     stages: int
+    parts: int = 1
+    resident: int = 1
 
 
-def configuration(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    """A function of the result's shape and the dtype; `inner` depends on the dtype alone.
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Dropout by the bits of `keyed`, of the element at `row * columns + column` of the result."""
 
-    Large tiles take 8 warps: with 4 an epilogue with GELU does not fit in their registers.
+    position: Tensor
+    key: int
+    elements: int
+    p: float
+
+
+def dropout_of(
+    position: Tensor | None = None, key: int = 0, elements: int = 0, p: float = 0.0
+) -> Dropout | None:
+    """As operators take it."""
+    return None if position is None else Dropout(position, key, elements, p)
+
+
+def dropout_numbers(dropout: Dropout | None) -> tuple[Any, ...]:
+    """As kernels take it."""
+    if dropout is None:
+        return None, 0, 0, 0, 0.0
+    return dropout.position, dropout.key, dropout.elements, *threshold_and_scale(dropout.p)
+
+
+def configuration(
+    rows: int, columns: int, dtype: torch.dtype, described: bool = False, drops: bool = False
+) -> Tile:
+    """A function of the result's shape, the dtype and the kernel; `inner` depends on the dtype alone.
+
+    The widest tile is the fastest, where it leaves no multiprocessor without one and its epilogue stays in
+    registers: that of dropout, which counts in 64 bits, does not.
     """
     if dtype.itemsize > 2:
         return Tile(64, 64, 32, 4, 3)
+    if described and not drops and blocks(rows, 128) * blocks(columns, 256) >= 128:
+        return Tile(128, 256, 64, 8, 3, 4)
     if blocks(rows, 128) * blocks(columns, 128) < 64:
-        return Tile(64, 64, 64, 4, 4)
-    return Tile(128, 128, 64, 8, 3)
+        return Tile(64, 64, 64, 4, 4, 2, 2)
+    if drops and not described:
+        return Tile(128, 64, 64, 8, 3, 2)
+    return Tile(128, 128, 64, 8, 3, 4 if drops else 2)
 
 
 def precision() -> str:
@@ -47,110 +87,112 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@triton.jit(do_not_specialize=["rows"])
-def product_kernel(
-    a_ptr,
-    b_ptr,
-    bias_ptr,
-    out_ptr,
-    z_ptr,
-    rows,
-    columns,
-    inner,
-    a_stride,
-    a_inner_stride,
-    b_stride,
-    b_inner_stride,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEEP_Z: tl.constexpr,
-    ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """out[r, c] = activation(sum over i of a[r, i] b[c, i] + bias[c]), one tile; the strides are free. With
-    ADD this is added to what out, of float32, has in it.
+def describable(matrix: Tensor) -> bool:
+    """Whether a descriptor can describe a matrix whose rows lie one behind the other in memory: it and they
+    start at multiples of 16 bytes."""
+    rows, columns = matrix.shape
+    stride = matrix.stride(0) * matrix.element_size()
+    aligned = stride % DESCRIBED_BYTES == 0 and address(matrix) % DESCRIBED_BYTES == 0
+    return rows > 0 and columns > 0 and matrix.stride(1) == 1 and matrix.stride(0) >= columns and aligned
 
-    Eight blocks of rows share their columns before the next ones come, for the sake of the cache.
+
+def is_described(a: Tensor, b: Tensor, *ends: Tensor | None) -> bool:
+    """Whether the product of a [rows, inner] and b [columns, inner] is made by descriptors: a function of the
+    dtypes, shapes, strides and alignment and of the chip. `ends` are read and written by the epilogue.
+
+    A large product is worth a copy of an operand that cannot be described: element by element it would be
+    read many times, and nothing fetched ahead.
     """
-    row_blocks = tl.cdiv(rows, ROWS)
-    band = 8 * tl.cdiv(columns, COLUMNS)
-    first = tl.program_id(0) // band * 8
-    height = min(row_blocks - first, 8)
-    row_block = first + tl.program_id(0) % band % height
-    column_block = tl.program_id(0) % band // height
+    if a.dtype.itemsize != 2 or architecture(a) not in DESCRIBING:
+        return False
+    sizes = (*a.shape, b.shape[0])
+    allowed = min(sizes) >= WORTH_A_COPY or all(describable(lying(m)) for m in (a, b))
+    return min(sizes) > 0 and allowed and all(end is None or describable(end) for end in ends)
 
-    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = column_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    step = tl.arange(0, INNER)
-    a = a_ptr + row[:, None] * a_stride + step.to(tl.int64)[None, :] * a_inner_stride
-    b = b_ptr + column[None, :] * b_stride + step.to(tl.int64)[:, None] * b_inner_stride
-    a_jump = tl.cast(a_inner_stride, tl.int64) * INNER
-    b_jump = tl.cast(b_inner_stride, tl.int64) * INNER
-    z = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for block in range(0, tl.cdiv(inner, INNER)):
-        left = inner - block * INNER
-        a_tile = tl.load(a, mask=(row < rows)[:, None] & (step < left)[None, :], other=0.0)
-        b_tile = tl.load(b, mask=(column < columns)[None, :] & (step < left)[:, None], other=0.0)
-        z = tl.dot(a_tile, b_tile, z, input_precision=PRECISION)
-        a += a_jump
-        b += b_jump
 
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    offset = row[:, None] * columns + column[None, :]
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    if KEEP_Z:
-        tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=mask)
-    y = activate(z, ACTIVATION)
-    if ADD:
-        y += tl.load(out_ptr + offset, mask=mask, other=0.0)
-    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=mask)
+def described(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy of it whose rows, or columns if it is turned, begin where descriptors allow."""
+    lies = lying(matrix)
+    if describable(lies):
+        return matrix
+    unit = DESCRIBED_BYTES // lies.element_size()
+    rows, columns = lies.shape
+    copy = lies.new_empty((rows, blocks(columns, unit) * unit))[:, :columns].copy_(lies)
+    return copy.t() if is_turned(matrix) else copy
+
+
+def lying(matrix: Tensor) -> Tensor:
+    """The matrix or its transpose, whichever has unit stride within rows if one has."""
+    return matrix.t() if is_turned(matrix) else matrix
+
+
+def is_turned(matrix: Tensor) -> bool:
+    """Whether the transpose of a matrix is what lies in memory row by row."""
+    return matrix.stride(1) != 1 and matrix.stride(0) == 1
 
 
 def product(
     a: Tensor,
     b: Tensor,
-    bias: Tensor | None,
     out: Tensor,
-    activation: str = "none",
-    z: Tensor | None = None,
     *,
-    add: bool = False,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    kept: Tensor | None = None,
+    saved: Tensor | None = None,
+    dropout: Dropout | None = None,
+    residual: Tensor | None = None,
 ) -> None:
-    """out = activation(a b^T + bias) for a [rows, inner], b [columns, inner]; z gets the pre-activation.
-
-    With `add` the result is added to what is in out, of float32.
+    """out [rows, columns] = residual + dropout(activation(z)), z = a b^T + bias, of a [rows, inner] and b
+    [columns, inner] of any strides; `kept` gets z. With `saved`, z is multiplied by the activation's
+    derivative instead. `residual` can be `out` itself.
     """
     (rows, inner), columns = a.shape, b.shape[0]
-    static = configuration(rows, columns, a.dtype)
-    tile = tuned("product", static, a, rows=rows, columns=columns, inner=inner)
+    saved, residual, bias = (None if t is None else t.contiguous() for t in (saved, residual, bias))
+    matrices = [None if t is None else t.view(rows, columns) for t in (out, kept, saved, residual)]
+    by_descriptors = is_described(a, b, *matrices)
+    tile = configuration(rows, columns, a.dtype, by_descriptors, dropout is not None)
+    sizes = {"rows": rows, "columns": columns, "inner": inner}
+    if by_descriptors:
+        a, b = described(a), described(b)
+        ends = 1 << sum(1 << i for i, end in enumerate((kept, saved, dropout, residual)) if end is not None)
+        tile = tuned("described_product", tile, a, **sizes, epilogue=ends)
+    elif dropout is None:
+        tile = tuned("product", tile, a, **sizes)
+    tiles = blocks(rows, tile.rows) * blocks(columns, tile.columns)
+    numbers = dropout_numbers(dropout)
+    options = {
+        "ACTIVATION": ACTIVATIONS.index(activation),
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "INNER": tile.inner,
+        "PARTS": tile.parts,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    if not by_descriptors:
+        strides = (*a.stride(), *b.stride())
+        arguments = (a, b, *matrices, bias, rows, columns, inner, *strides, *numbers)
+        launch(product_kernel, (tiles,), *arguments, PRECISION=precision(), **options)
+        return
+    parts = [m if m is None else _descriptor(m, tile.rows, tile.columns // tile.parts) for m in matrices]
+    operands = [
+        _descriptor(lying(m), *((tile.inner, size) if is_turned(m) else (size, tile.inner)))
+        for m, size in ((a, tile.rows), (b, tile.columns))
+    ]
     launch(
-        product_kernel,
-        (blocks(rows, tile.rows) * blocks(columns, tile.columns),),
-        a,
-        b,
-        out if bias is None else bias.contiguous(),
-        out,
-        out if z is None else z,
-        rows,
-        columns,
-        inner,
-        *a.stride(),
-        *b.stride(),
-        ACTIVATION=ACTIVATIONS.index(activation),
-        HAS_BIAS=bias is not None,
-        KEEP_Z=z is not None,
-        ADD=add,
-        PRECISION=precision(),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        described_product_kernel,
+        (min(tiles, processors(a) * tile.resident),),
+        *(*operands, *parts, bias, rows, columns, inner, *numbers),
+        A_TURNED=is_turned(a),
+        B_TURNED=is_turned(b),
+        **options,
     )
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a matrix that is read or written in blocks of this size."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def matrix(tensor: Tensor) -> Tensor:

@@ -68,6 +68,19 @@ SPACES: Mapping[str, Space] = {
         {"rows": (64, 128), "columns": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5)},
         reorders=False,
     ),
+    # a power of two for each epilogue: how much memory is left for stages depends on it
+    "described_product": Space(
+        ("rows", "columns", "inner", "epilogue"),
+        {
+            "rows": (64, 128),
+            "columns": (64, 128, 256),
+            "parts": (1, 2, 4, 8),
+            "warps": (4, 8),
+            "stages": (2, 3, 4, 5),
+            "resident": (1, 2),
+        },
+        reorders=False,
+    ),
     "norm": _ROWS,
     "norm_backward": _ROWS,
     "add_norm": _ROWS,

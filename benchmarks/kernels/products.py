@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.linear import linear, linear_accumulate_weight
+from kernels.linear import linear
+from kernels.linear_gradient import linear_accumulate_weight, linear_backward_input_activation
 
 from .work import Cost, Function, Inputs, Kernel, Maker, Size
 
@@ -47,6 +48,44 @@ def _add_product(total: Tensor, dz: Tensor, x: Tensor) -> Tensor:
     return total.add_(dz.t() @ x)
 
 
+def _residual_inputs(numbers: Mapping[str, int], make: Maker) -> Inputs:
+    residual = make.normal(numbers["rows"], numbers["columns"], grad=True)
+    return *_inputs(numbers, make), residual, make.integers(1 << 30, 2), numbers["percent"] / 100
+
+
+def _residual_costs(numbers: Mapping[str, int], itemsize: int) -> tuple[Cost, Cost]:
+    forward, backward = _costs(numbers, itemsize)
+    return forward + Cost(numbers["rows"] * numbers["columns"] * itemsize), backward
+
+
+def _our_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, at: Tensor, p: float) -> Any:
+    return linear(x, weight, bias, "relu", residual, at, 1 << 40, weight.shape[0], p)
+
+
+def _eager_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, at: Tensor, p: float
+) -> Tensor:
+    return residual + functional.dropout(functional.relu(functional.linear(x, weight, bias)), p)
+
+
+def _derivative_inputs(numbers: Mapping[str, int], make: Maker) -> Inputs:
+    rows, inner, columns = numbers["rows"], numbers["inner"], numbers["columns"]
+    return (
+        make.normal(rows, inner),
+        make.normal(inner, columns, scale=inner**-0.5),
+        make.normal(rows, columns),
+    )
+
+
+def _derivative_costs(numbers: Mapping[str, int], itemsize: int) -> tuple[Cost, Cost]:
+    return _residual_costs(numbers, itemsize)[0], Cost(0)
+
+
+def _derivative(dz: Tensor, weight: Tensor, saved: Tensor) -> Tensor:
+    made: Tensor = torch.ops.aten.gelu_backward(dz @ weight, saved)
+    return made
+
+
 def _layer(activation: str, apply: Callable[[Tensor], Tensor]) -> tuple[Function, Function]:
     """(ours, eager) of a linear layer with this activation."""
 
@@ -66,9 +105,15 @@ def _with_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _shape(
-    model: str, rows: int, inner: int, columns: int, rank: int = 1, dtypes: tuple[str, ...] = ("bf16",)
+    model: str,
+    rows: int,
+    inner: int,
+    columns: int,
+    rank: int = 1,
+    dtypes: tuple[str, ...] = ("bf16",),
+    **more: int,
 ) -> Size:
-    return Size(model, {"rows": rows, "inner": inner, "columns": columns}, dtypes, rank)
+    return Size(model, {"rows": rows, "inner": inner, "columns": columns, **more}, dtypes, rank)
 
 
 _TINY = {"rows": 6, "inner": 16, "columns": 24}
@@ -109,6 +154,37 @@ PRODUCTS = (
         library=_with_relu,
         fused=True,
         note="The library's column is cuBLASLt's epilogue (torch._addmm_activation), which has no backward.",
+    ),
+    Kernel(
+        name="linear_relu_dropout_residual",
+        ours=_our_residual,
+        eager=_eager_residual,
+        inputs=_residual_inputs,
+        costs=_residual_costs,
+        sizes=(
+            _shape("CANDLE", 1024, 4192, 4192, rank=0, percent=10),
+            _shape("CANDLE", 4096, 4192, 4192, percent=10),
+            _shape("CANDLE", 64, 4192, 4192, percent=10),
+        ),
+        tiny={**_TINY, "percent": 0},
+        random=True,
+        fused=True,
+    ),
+    Kernel(
+        name="linear_derivative",
+        ours=lambda dz, weight, saved: linear_backward_input_activation(dz, weight, saved, "gelu_erf"),
+        eager=_derivative,
+        inputs=_derivative_inputs,
+        costs=_derivative_costs,
+        sizes=(
+            _shape("MMT", 1024, 1024, 4096, rank=0),
+            _shape("MMT", 16384, 1024, 4096),
+            _shape("CANDLE", 1024, 4192, 4192),
+        ),
+        tiny=_TINY,
+        passes=("forward",),
+        fused=True,
+        note="The gradient of a layer's input times the derivative of GELU, against torch's two.",
     ),
     Kernel(
         name="linear_accumulate",

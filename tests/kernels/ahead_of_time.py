@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from kernels import (
     launch,
     layer_norm,
     linear,
+    linear_gradient,
     pointwise_loss,
     rms_norm,
 )
@@ -153,34 +155,48 @@ def loss_cases() -> Any:
 
 
 def linear_cases() -> Any:
-    """Large and small tiles, every activation, every precision, the three products of training."""
-    for dtype, activation, rows in (
-        (torch.bfloat16, "none", 4096),
-        (torch.bfloat16, "relu", 4096),
-        (torch.bfloat16, "gelu_tanh", 4096),
-        (torch.bfloat16, "gelu_erf", 4096),
-        (torch.bfloat16, "silu", 4096),
-        (torch.bfloat16, "gelu_tanh", 128),
-        (torch.float16, "gelu_erf", 4096),
-        (torch.float32, "gelu_erf", 4096),
+    """(name, function, arguments): the fullest epilogues of every tile of both kernels and of each precision,
+    and the products of training."""
+    half, whole = torch.bfloat16, torch.float32
+    drop = (empty(2, dtype=torch.int64), 1 << 62, 1000, 0.1)
+    fewer = [
+        (half, "none", 4096, 1024, ()),
+        (half, "relu", 4096, 1024, ("drop",)),
+        (half, "gelu_tanh", 4096, 1024, ()),
+        (half, "silu", 1024, 1024, ("residual",)),
+        (half, "gelu_erf", 4096, 942, ("residual",)),
+        (torch.float16, "gelu_erf", 4096, 1024, ()),
+    ]
+    for dtype, activation, rows, inner, ends in (
+        *(fewer if ALL else ()),
+        (half, "gelu_erf", 4096, 1024, ("residual",)),
+        (half, "gelu_erf", 4096, 1024, ("residual", "drop")),
+        (half, "gelu_erf", 4096, 942, ("residual", "drop")),  # a descriptor has no such rows: a copy is made
+        (half, "gelu_erf", 128, 1024, ("residual", "drop")),
+        (half, "gelu_erf", 128, 942, ("residual", "drop")),
+        (whole, "gelu_erf", 4096, 1024, ("residual", "drop")),
     ):
-        x, weight = empty(rows, 1024, dtype=dtype), empty(4096, 1024, dtype=dtype)
-        dz = empty(rows, 4096, dtype=dtype)
-        smooth = activation in linear.NEEDS_PREACTIVATION
-        forward = linear.launch_forward_keeping if smooth else linear.launch_forward
-        case = f"{dtype} {activation} {rows} rows"
-        yield case, forward, (x, weight, empty(4096, dtype=dtype), activation)
-        if activation != "none" and dtype != torch.float16:
-            yield case, linear.launch_backward_activation, (dz, dz, activation)
-        if activation == "none" or dtype == torch.float32:
-            yield case, linear.launch_backward_input, (dz, weight)
-            yield case, linear.launch_backward_weight, (dz, x)
-            total = empty(4096, 1024, dtype=torch.float32)
-            if dtype != torch.float32:
-                yield case, linear.launch_accumulate_weight, (total, dz, x)
-            yield case, linear.launch_backward_bias, (dz,)
+        x, weight = empty(rows, inner, dtype=dtype), empty(4096, inner, dtype=dtype)
+        dz, z = empty(rows, 4096, dtype=dtype), empty(rows, inner, dtype=dtype)
+        residual, keyed = dz if "residual" in ends else None, drop if "drop" in ends else ()
+        keeps = linear.keeps_z(activation, residual)
+        forward = linear.launch_forward_keeping if keeps else linear.launch_forward
+        case = f"{dtype} {activation} {rows} rows of {inner} {' '.join(ends)}"
+        yield case, forward, (x, weight, empty(4096, dtype=dtype), activation, residual, *keyed)
+        if rows == 128 or activation == "none":
+            continue
+        backward = linear_gradient.launch_backward_input_activation
+        yield case, backward, (dz, weight, z, activation, *keyed)
+        if inner == 1024:
+            yield case, linear_gradient.launch_backward_activation, (dz, dz, activation, *keyed)
+        if dtype == half:
+            yield case, linear_gradient.launch_accumulate_weight, (empty(4096, inner, dtype=whole), dz, x)
+        else:
+            yield case, bias_gradient.launch_backward_bias, (dz,)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield "tf32 gelu_erf", linear.launch_forward_keeping, (x, weight, empty(4096, dtype=dtype), activation)
+    arguments = (x, weight, empty(4096, dtype=dtype), activation, residual, *drop)
+    yield "tf32 gelu_erf", linear.launch_forward_keeping, arguments
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def sum_cases() -> Any:
@@ -300,19 +316,19 @@ def main(architecture: int) -> None:
     for module in list(sys.modules.values()):
         if module.__name__.startswith("kernels.") and getattr(module, "launch", None) is own:
             module.launch = compile_only  # type: ignore[attr-defined]
-    everything = (
-        *layer_norm_cases(),
-        *rms_norm_cases(),
-        *add_norm_cases(),
-        *loss_cases(),
-        *dropout_cases(),
-        *sum_cases(),
-        *embedding_bag_cases(),
-        *interaction_cases(),
-        *attention_cases(),
-        *join_cases(),
-        *linear_cases(),
-    )
+    everything = chain(
+        layer_norm_cases(),
+        rms_norm_cases(),
+        add_norm_cases(),
+        loss_cases(),
+        dropout_cases(),
+        sum_cases(),
+        embedding_bag_cases(),
+        interaction_cases(),
+        attention_cases(),
+        join_cases(),
+        linear_cases(),
+    )  # one after the other: the last cases change how torch makes products
     for case, function, arguments in everything:  # noqa: B007
         function(*arguments)
 

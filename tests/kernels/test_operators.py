@@ -275,7 +275,7 @@ MISTAKES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: layer_norm(X[:, :0], None, None, 1e-5), ValueError, "at least one element wide"),
     (lambda: layer_norm(X, X[0].half(), None, 1e-5), TypeError, "layer_norm: weight must be torch.float32"),
     (lambda: layer_norm(X.half(), X[0].half(), X[0], 1e-5), TypeError, "bias must be torch.float16"),
-    (lambda: ops.linear_keeping(X, WEIGHT, None, "relu"), ValueError, "one of gelu_erf, gelu_tanh, silu"),
+    (lambda: ops.linear_keeping(X, WEIGHT, None, "relu"), ValueError, "one of gelu_tanh, gelu_erf, silu"),
     (lambda: ops.linear_backward_activation(X, X[:2], "relu"), ValueError, "saved must have dy's shape"),
     (lambda: ops.linear_backward_input(X, WEIGHT), ValueError, r"weight must be \[8, inner\]"),
     (lambda: ops.linear_backward_weight(X, X[:3]), ValueError, "x must have dz's leading shape"),

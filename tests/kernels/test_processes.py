@@ -64,6 +64,7 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
         "pointwise_loss_backward_kernel",
         "total_kernel",
         "product_kernel",
+        "described_product_kernel",
         "activation_backward_kernel",
         "column_sum_kernel",
         "bag_forward_kernel",
@@ -86,9 +87,13 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
 def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
     tables: dict[int, list[dict[str, Any]]],
 ) -> None:
-    with_products = ("product_kernel", *(f"attention_{kind}_kernel" for kind in ATTENTION))
-    products = [row for row in tables[90] if row["kernel"] in with_products and "float32" not in row["case"]]
-    assert len(products) >= 13
+    kinds = ("product_kernel", *(f"attention_{kind}_kernel" for kind in ATTENTION))
+    products = [
+        row
+        for row in tables[90]
+        if any(kind in row["kernel"] for kind in kinds) and "float32" not in row["case"]
+    ]
+    assert len(products) >= 25
     assert [row for row in products if row["wgmma"] == 0] == []
 
 
@@ -98,14 +103,16 @@ import torch, triton
 from tests.kernels.ahead_of_time import NoDevice, empty
 from kernels import add_norm, add_norm_backward, add_norm_forward, add_norm_gradient
 from kernels import attention, attention_gradient, bag_sums, embedding_bag, embedding_bag_gradient
-from kernels import gradient_sum, interaction
+from kernels import gradient_sum, interaction, linear, linear_gradient, product
 triton.runtime.driver.set_active(NoDevice(90))
 compiled = set()
 def compile_only(kernel, grid, *arguments, **options):
     compiled.add((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options).hash))
-for module in (add_norm_backward, add_norm_forward, bag_sums, embedding_bag, gradient_sum, interaction):
+norms = (add_norm_backward, add_norm_forward)
+for module in (*norms, bag_sums, embedding_bag, gradient_sum, interaction, product):
     module.launch = compile_only
 attention.launch = attention_gradient.launch = compile_only
+weight, total = empty(256, 64, dtype=torch.bfloat16), empty(256, 64, dtype=torch.float32)
 for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     indices = [empty(places + table, dtype=torch.int64) for table in range(2)]
     bags = (indices, [empty(samples, dtype=torch.int64)] * 2)
@@ -114,6 +121,10 @@ for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     embedding_bag_gradient.launch_dense(dy, *bags, [10, 10], "sum", False)
     x = empty(samples, 9, 64, dtype=torch.bfloat16)
     interaction.launch_backward(interaction.launch_forward(x, 1), x, 1)
+    x = x[:, 0].contiguous()
+    dz = linear.launch_forward_keeping(x, weight, None, "silu")[0]
+    linear_gradient.launch_backward_input_activation(dz, weight, x, "silu")
+    linear_gradient.launch_accumulate_weight(total, dz, x)
     x = empty(samples, 64, dtype=torch.float32)
     drop = (empty(2, dtype=torch.int64), (1 << 62) + samples, 64, 0.1)
     options = (x, x, None, None, 1e-5, True, torch.float32, *drop)
@@ -139,6 +150,7 @@ print(*sorted(name for name, _ in compiled))
         "bag_join_kernel",
         "bag_key_kernel",
         "bag_sum_kernel",
+        *["described_product_kernel"] * 3,
         "interaction_backward_kernel",
         "interaction_forward_kernel",
         "sum_kernel",

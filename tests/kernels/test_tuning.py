@@ -28,6 +28,7 @@ STATIC = product.configuration(1000, 4096, torch.bfloat16)
 SIZES = {"rows": 1000, "columns": 4096, "inner": 1024}
 CONFIGURATIONS = {
     "product": STATIC,
+    "described_product": product.configuration(1000, 4096, torch.bfloat16, described=True),
     **dict.fromkeys(("norm", "norm_backward"), rows.configuration(1024)),
     **dict.fromkeys(("add_norm", "add_norm_backward"), rows.configuration(1024)),
     **dict.fromkeys(("cross_entropy", "cross_entropy_backward"), rows.configuration(1024)),

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.interpreter import narrow, repair, widen
 from kernels.launch import INTERPRETED, launch
@@ -73,6 +74,29 @@ def test_bfloat16_arithmetic_is_refused(kernel: object) -> None:
     source = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(InterpreterError, match="compute in float32"):
         launch(kernel, (1,), source, source.clone(), SIZE=16)
+
+
+@triton.jit
+def described_kernel(source, target, SIZE: tl.constexpr):
+    target.store([0, SIZE // 2], source.load([0, SIZE // 2]))
+
+
+def test_blocks_of_descriptors_may_reach_beyond_the_tensor_and_descriptors_may_not() -> None:
+    memory, out = torch.ones(16, 8), torch.zeros(16, 8)
+    block = [16, 8]
+    launch(
+        described_kernel, (1,), *(TensorDescriptor(t, [16, 8], [8, 1], block) for t in (memory, out)), SIZE=8
+    )
+    assert torch.equal(out[:, 4:], memory[:, 4:]) and not out[:, :4].any()
+    launch(
+        described_kernel,
+        (1,),
+        *(TensorDescriptor(t, [3, 6], [8, 1], block) for t in (memory, out * 0)),
+        SIZE=8,
+    )
+    beyond = TensorDescriptor(memory[:4], [16, 8], [8, 1], block)
+    with pytest.raises(InterpreterError, match="load of 48 elements out of bounds"):
+        launch(described_kernel, (1,), beyond, TensorDescriptor(out, [16, 8], [8, 1], block), SIZE=8)
 
 
 def test_repair_twice_is_once() -> None:

@@ -1,13 +1,18 @@
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.activation import ACTIVATIONS
+from gpp.program.random import keyed_bits, keyed_dropout
+from kernels import product
+from kernels.activation import ACTIVATIONS, reference_differentiate
 from kernels.linear import linear
-from kernels.product import configuration
+from kernels.product import Tile, configuration, is_described
 from tests.kernels.numerics.compare import DTYPE_NAMES, DTYPES, assert_as_good_as_torch
 
 functional = torch.nn.functional
+KEY = (1 << 62) + 12345
 
 
 def torchs(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -36,10 +41,58 @@ def assert_right(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, act
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, dtype: torch.dtype, device: str) -> None:
-    x = random(3, 15, 70, dtype=dtype, device=device)
-    weight = random(50, 70, dtype=dtype, device=device, seed=1)
-    bias = random(50, dtype=dtype, device=device, seed=2)
-    assert_right(x, weight, bias, random(3, 15, 50, dtype=dtype, device=device, seed=3), activation)
+    for inner, columns in ((70, 50), (72, 56)):  # the latter begin at multiples of 16 bytes
+        x = random(3, 15, inner, dtype=dtype, device=device)
+        weight = random(columns, inner, dtype=dtype, device=device, seed=1)
+        bias = random(columns, dtype=dtype, device=device, seed=2)
+        assert_right(x, weight, bias, random(3, 15, columns, dtype=dtype, device=device, seed=3), activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES)
+def test_a_row_does_not_depend_on_how_many_there_are(dtype: torch.dtype, device: str) -> None:
+    x, weight = (
+        random(200, 136, dtype=dtype, device=device),
+        random(72, 136, dtype=dtype, device=device, seed=1),
+    )
+    whole = linear(x, weight, None, "gelu_tanh")
+    for rows in (1, 64, 130):
+        assert torch.equal(linear(x[:rows], weight, None, "gelu_tanh"), whole[:rows])
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 80),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.sampled_from([1, 4, 8]),
+    st.sampled_from(ACTIVATIONS),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    device: str,
+    rows: int,
+    inner: int,
+    columns: int,
+    unit: int,
+    activation: str,
+    adds: bool,
+    dtype: torch.dtype,
+) -> None:
+    x = random(rows, inner * unit, dtype=dtype, device=device)
+    weight = random(columns * unit, inner * unit, dtype=dtype, device=device, seed=1)
+    residual = random(rows, columns * unit, dtype=dtype, device=device, seed=2) if adds else None
+
+    def plain(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        y = torchs(x, weight, None, activation)
+        return y if residual is None else residual + y
+
+    def ours(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        y: Tensor = linear(x, weight, None, activation, residual)
+        return y
+
+    dy = random(rows, columns * unit, dtype=dtype, device=device, seed=3)
+    assert_as_good_as_torch(ours, plain, (x, weight, residual), dy)
 
 
 @pytest.mark.parametrize("rows, inner, columns", [(1, 1, 1), (65, 130, 1), (2, 3, 67), (130, 64, 64)])
@@ -127,3 +180,137 @@ def test_nothing_is_added_for_no_rows(device: str) -> None:
     empty = (random(0, n, dtype=torch.bfloat16, device=device) for n in (5, 7))
     torch.ops.gpp_kernels.linear_accumulate_weight(total, *empty)
     assert torch.equal(total, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES)
+@pytest.mark.parametrize(
+    "activation, drops, adds",
+    [
+        ("none", True, True),
+        ("relu", True, False),
+        ("relu", False, True),
+        ("relu", True, True),
+        ("gelu_erf", True, False),
+        ("silu", True, True),
+    ],
+)
+def test_dropout_and_residual(
+    activation: str, drops: bool, adds: bool, dtype: torch.dtype, device: str
+) -> None:
+    x, weight, bias, residual = (
+        random(*shape, dtype=dtype, device=device, seed=seed)
+        for seed, shape in enumerate(((3, 15, 70), (50, 70), (50,), (3, 15, 50)))
+    )
+    position = torch.tensor([5, 12], device=device)
+    bits = keyed_bits(position, KEY, [3, 15, 50], 0, 1)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = torchs(x, weight, bias, activation)
+        y = keyed_dropout(y, bits, 0.3) if drops else y
+        return y if residual is None else residual + y
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        keyed = (position, KEY, 15 * 50, 0.3) if drops else ()
+        y: Tensor = linear(x, weight, bias, activation, residual, *keyed)
+        return y
+
+    inputs = (x, weight, bias, residual) if adds else (x, weight, bias)
+    assert_as_good_as_torch(ours, plain, inputs, random(3, 15, 50, dtype=dtype, device=device, seed=4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES)
+@pytest.mark.parametrize("activation, p", [("relu", 0.0), ("relu", 0.5), ("gelu_tanh", 0.3)])
+def test_the_derivative_in_the_epilogue(activation: str, p: float, dtype: torch.dtype, device: str) -> None:
+    dz = random(45, 40, dtype=dtype, device=device)
+    weight = random(40, 72, dtype=dtype, device=device, seed=1)
+    saved = random(3, 15, 72, dtype=dtype, device=device, seed=2)
+    position = torch.tensor([5, 12], device=device)
+    factor = keyed_dropout(
+        torch.ones(3, 15, 72, device=device), keyed_bits(position, KEY, [3, 15, 72], 0, 1), p
+    )
+    keyed = (position, KEY, 15 * 72, p) if p else ()
+    found = torch.ops.gpp_kernels.linear_backward_input_activation(dz, weight, saved, activation, *keyed)
+
+    def plain(*given: Tensor) -> Tensor:
+        dy = (given[0] @ given[1]).view(3, 15, 72) * factor.to(given[0].dtype)
+        return reference_differentiate(dy, given[2], activation).double()
+
+    exact = plain(dz.double(), weight.double(), saved.double())
+    error, theirs = ((m.double() - exact).norm() for m in (found, plain(dz, weight, saved)))
+    assert found.dtype == dtype and error <= 2 * theirs + 1e-6 * exact.norm()
+
+
+LARGE = Tile(128, 128, 64, 8, 3, 4)
+
+
+@pytest.mark.parametrize("tile", [LARGE, Tile(64, 64, 64, 4, 4, 2, 2)], ids=["large", "small"])
+def test_both_kernels_make_the_same_bits(tile: Tile, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, launched, launch = torch.bfloat16, [], product.launch
+    x = random(150, 72, dtype=dtype, device=device)
+    weight = random(136, 72, dtype=dtype, device=device, seed=1)
+    bias = random(136, dtype=dtype, device=device, seed=2)
+    residual, dz = (random(150, 136, dtype=dtype, device=device, seed=s) for s in (3, 4))
+    keyed = (torch.tensor([0, 7], device=device), KEY, 136, 0.4)
+
+    def watched(kernel: object, *arguments: object, **options: object) -> None:
+        launched.append(getattr(kernel, "__name__", None) or kernel.fn.__name__)  # type: ignore[attr-defined]
+        launch(kernel, *arguments, **options)
+
+    def everything() -> list[Tensor]:
+        total = random(136, 72, dtype=torch.float32, device=device, seed=5)
+        torch.ops.gpp_kernels.linear_accumulate_weight(total, dz, x)
+        derived = torch.ops.gpp_kernels.linear_backward_input_activation(
+            dz, weight, x, "silu", *keyed[:2], 72, 0.4
+        )
+        kept = torch.ops.gpp_kernels.linear_keeping(x, weight, bias, "gelu_erf", residual, *keyed)
+        return [total, derived, *kept]
+
+    monkeypatch.setattr(product, "launch", watched)
+    monkeypatch.setattr(product, "configuration", lambda *_: tile)
+    described = is_described(x, weight)
+    first = everything()
+    monkeypatch.setattr(product, "is_described", lambda *_: False)
+    second = everything()
+    name = "described_product_kernel" if described else "product_kernel"
+    assert launched == [name] * 3 + ["product_kernel"] * 3
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_which_products_descriptors_make(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "architecture", lambda _: 90)
+    a, b = (random(24, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = a.new_empty(24, 24)
+    assert is_described(a, b, out, None) and is_described(a.t(), b.t()) and is_described(a[:, :8], b[::2, 8:])
+    left = (
+        (a.float(), b.float(), "4-byte elements"),
+        (a[:, 4:12], b[:, 4:12], "begins between multiples of 16 bytes"),
+        (a[:, :9].contiguous(), b[:, :9].contiguous(), "rows begin between them"),
+        (a[:, ::2], b[:, ::2], "every other element of a row"),
+        (a[:1].expand(24, 16), b, "one row many times"),
+        (a[:0], b, "no rows"),
+    )
+    for first, second, reason in left:
+        assert not is_described(first, second), reason
+    assert not is_described(a, b, out, random(24, 25, dtype=a.dtype, device=device)[:, 1:])
+    large = random(256, 262, dtype=torch.bfloat16, device=device)
+    assert is_described(large, large) and not is_described(large, large, large)
+    assert not is_described(large, large[:255])
+    monkeypatch.setattr(product, "architecture", lambda _: 80)
+    assert not is_described(a, b, out)
+
+
+def test_large_operands_are_copied_to_where_descriptors_reach(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: list[object] = []
+    launch = product.launch
+    monkeypatch.setattr(
+        product, "launch", lambda k, *rest, **how: (kernels.append(k), launch(k, *rest, **how))
+    )
+    monkeypatch.setattr(product, "WORTH_A_COPY", 40)
+    wide = random(45, 150, dtype=torch.bfloat16, device=device)
+    for x in (wide[:, :70], wide[:, ::2][:, :70], random(70, 45, dtype=torch.bfloat16, device=device).t()):
+        weight = random(56, 70, dtype=torch.bfloat16, device=device, seed=1)
+        assert_right(x, weight, None, random(45, 56, dtype=torch.bfloat16, device=device, seed=2), "relu")
+    if is_described(wide, wide):
+        assert kernels == [product.described_product_kernel] * 3
