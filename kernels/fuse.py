@@ -21,7 +21,7 @@ from .patterns.dropout import dropouts
 from .patterns.embedding import EMBEDDINGS
 from .patterns.interaction import INTERACTIONS
 from .patterns.join import JOINS
-from .patterns.linear import LINEAR
+from .patterns.linear import linears
 from .patterns.loss import LOSSES
 from .patterns.match import Keyed, LeftAlone, Match, Pattern, known, mapped, nodes_of
 from .patterns.norm import NORMS
@@ -91,7 +91,7 @@ def phases(keyed: Keyed | None, attention: bool) -> tuple[Mapping[Any, Pattern],
         add_norms(keyed),
         NORMS,
         JOINS,
-        LINEAR,
+        linears(keyed),
         SUMS,
         {} if keyed is None else dropouts(keyed),
     )

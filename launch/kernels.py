@@ -39,8 +39,8 @@ def hooks(
     """The hooks of the `kernels` group; `report` is told what became of each forward graph."""
     match kernels_name(config, device):
         case "triton":
+            from kernels.backward import rewrite_backward
             from kernels.fuse import fuse
-            from kernels.in_place import accumulate
             from kernels.patterns.match import Keyed
 
             keyed = Keyed(torch.ops.gpp.keyed_bits.default, keyed_dropout, keyed_attention)
@@ -52,7 +52,7 @@ def hooks(
                     report(found)
                 return made
 
-            return Hooks(fuse=fused, accumulate=accumulate)
+            return Hooks(fuse=fused, backward=rewrite_backward)
         case "inductor":
             return Hooks(compile=_inductor, warm_up=True)
         case _:

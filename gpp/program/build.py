@@ -34,12 +34,13 @@ Compile = Callable[[fx.GraphModule], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What kernels are used: `fuse` rewrites a forward graph before the joint trace, `accumulate` a weight
-    half that adds to its sums, `compile` makes each graph callable after that. `warm_up`: call each once on
-    zeros, where compiling waits for the first call and must not happen in a rank's thread."""
+    """What kernels are used: `fuse` rewrites a forward graph before the joint trace, `backward` each half of
+    its backward after the cut, the weight half with its sums, `compile` makes each graph callable after that.
+    `warm_up`: call each once on zeros, where compiling waits for the first call and must not happen in a
+    rank's thread."""
 
     fuse: Fuse = lambda module: module
-    accumulate: Fuse = lambda module: module
+    backward: Fuse = lambda module: module
     compile: Compile = lambda module: module
     warm_up: bool = False
 
@@ -335,9 +336,9 @@ def _train_functions(
     device: torch.device,
 ) -> TrainFunctions:
     run_forward = hooks.compile(halves.forward)
-    run_input = hooks.compile(halves.backward_input)
+    run_input = hooks.compile(hooks.backward(halves.backward_input))
     weight_half, reached = with_sums(halves.backward_weight, count + len(casts))
-    run_weight = hooks.compile(hooks.accumulate(weight_half))
+    run_weight = hooks.compile(hooks.backward(weight_half))
     results, gradients = halves.results, halves.gradients
 
     def forward(

@@ -32,7 +32,9 @@ def keyed_arguments(node: fx.Node) -> tuple[fx.Node, int, int]:
     return position, key, elements
 
 
-def _dropout(keyed: Keyed, node: fx.Node) -> Match:
+def dropout_arguments(keyed: Keyed, node: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[Any, ...]]:
+    """The nodes of a dropout by keyed bits, and (position, key, elements of one sample, p); may raise
+    LeftAlone."""
     x, bits, p = node.args
     assert isinstance(x, fx.Node) and isinstance(bits, fx.Node)
     if bits.target is not keyed.bits:
@@ -40,7 +42,12 @@ def _dropout(keyed: Keyed, node: fx.Node) -> Match:
     if made(bits).shape != made(x).shape:
         raise LeftAlone(f"its bits have shape {tuple(made(bits).shape)}, not that of what it drops")
     nodes = (bits, node) if len(bits.users) == 1 else (node,)
-    return Match(nodes, dropout, (x, *keyed_arguments(bits), p), check_forward, (node,))
+    return nodes, (*keyed_arguments(bits), p)
+
+
+def _dropout(keyed: Keyed, node: fx.Node) -> Match:
+    nodes, taken = dropout_arguments(keyed, node)
+    return Match(nodes, dropout, (node.args[0], *taken), check_forward, (node,))
 
 
 def dropouts(keyed: Keyed) -> Mapping[Any, Pattern]:

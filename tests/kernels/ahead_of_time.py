@@ -27,6 +27,7 @@ from kernels import (
     add_norm_gradient,
     attention,
     attention_gradient,
+    bias_gradient,
     cross_entropy,
     dropout,
     embedding_bag,

@@ -63,8 +63,8 @@ def test_a_small_network_keeps_its_numbers() -> None:
     assert [item.node for item in report.left] == ["linear_3"]
     assert "a plain product stays with torch" in report.left[0].reason
     text = str(report)
-    assert text.startswith("fused 8 nodes to 5, left 1\n")
-    assert "  gpp_kernels.linear.default <- linear_2 + relu_ in third" in text
+    assert text.startswith("fused 9 nodes to 5, left 1\n")
+    assert "  gpp_kernels.linear.default <- linear_2 + relu_ + add in third" in text
     assert "  left linear_3 (aten.linear.default) in last: " in text
 
 

@@ -191,7 +191,7 @@ def test_the_halves_of_a_stage_keep_their_bits() -> None:
         part.functions.backward_weight(weights, list(back.stash), totals)
         return totals
 
-    plain = run(Hooks(accumulate=accumulate))
-    summed = run(Hooks(accumulate=accumulate, compile=rewritten))
+    plain = run(Hooks(backward=accumulate))
+    summed = run(Hooks(backward=accumulate, compile=rewritten))
     assert sum(found) == 1
     assert all(torch.equal(a, b) for a, b in zip(plain, summed, strict=True))

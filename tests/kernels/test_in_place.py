@@ -52,7 +52,7 @@ def trained(
     """The weights after some steps of two micro-batches; `seen` gets the weight halves that have run."""
 
     def watched(module: fx.GraphModule) -> fx.GraphModule:
-        seen.append(hooks.accumulate(module))
+        seen.append(hooks.backward(module))
         return seen[-1]
 
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def trained(
         devices=1,
         device="cpu",
         precision=precision,
-        hooks=Hooks(fuse=hooks.fuse, accumulate=watched),
+        hooks=Hooks(fuse=hooks.fuse, backward=watched),
     ) as pipe:
         for _ in range(3):
             pipe.step(batch)
@@ -84,7 +84,7 @@ def test_sums_are_those_of_products_then_additions(precision: str, bound: float,
     rewritten: list[fx.GraphModule] = []
     first = Hooks(fuse=lambda module: fuse(module)[0]) if fused else Hooks()
     expected = trained(first, precision, plain)
-    found = trained(Hooks(fuse=first.fuse, accumulate=accumulate), precision, rewritten)
+    found = trained(Hooks(fuse=first.fuse, backward=accumulate), precision, rewritten)
     assert count(plain, aten.add_.Tensor) == 4 and count(plain, ADD) == 0
     # a twice, b and c; of a's bias both uses are left
     assert count(rewritten, ADD) == 4 and count(rewritten, aten.add_.Tensor) == 2
@@ -96,7 +96,7 @@ def test_sums_are_those_of_products_then_additions(precision: str, bound: float,
 def test_only_rows_that_occur_are_added(precision: str, bound: float) -> None:
     plain: list[fx.GraphModule] = []
     rewritten: list[fx.GraphModule] = []
-    fused = Hooks(fuse=lambda module: fuse(module)[0], accumulate=accumulate)
+    fused = Hooks(fuse=lambda module: fuse(module)[0], backward=accumulate)
     expected = trained(Hooks(), precision, plain, Tables)
     found = trained(fused, precision, rewritten, Tables)
     tables = torch.ops.gpp_kernels.embedding_bag_accumulate_weight.default

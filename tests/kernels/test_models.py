@@ -18,14 +18,14 @@ from gpp.models.dlrm import Dlrm
 from gpp.models.mmt import MultiModalTransformer
 from gpp.program.build import Alone, Hooks, Roots, alone
 from gpp.program.random import keyed_attention, keyed_dropout
+from kernels.backward import rewrite_backward
 from kernels.fuse import fuse
-from kernels.in_place import accumulate
 from kernels.launches import launches
 from kernels.patterns.match import Keyed
 
 SAMPLES = 4
 KEYED = Keyed(torch.ops.gpp.keyed_bits.default, keyed_dropout, keyed_attention)
-FUSED = Hooks(fuse=lambda module: fuse(module, KEYED)[0], accumulate=accumulate)
+FUSED = Hooks(fuse=lambda module: fuse(module, KEYED)[0], backward=rewrite_backward)
 
 
 class EncoderLayer(nn.Module):
