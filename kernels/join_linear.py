@@ -10,87 +10,22 @@ That of the weight is in `join_gradient`. What forward keeps for backward beside
 is what a linear layer keeps.
 """
 
-# Kernel parameters have no Python types: mypy sees the functions that a host calls.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .activation import ACTIVATIONS, NEEDS_PREACTIVATION, activate, reference_activate
-from .bags import pick
+from .activation import ACTIVATIONS, NEEDS_PREACTIVATION, reference_activate
 from .bias_gradient import linear_backward_bias
 from .join_gradient import join_linear_backward_weight
-from .join_parts import check_parts, columns_of, configuration, groups_of, place_in_parts, place_of_tile
+from .join_kernels import join_described_kernel, join_forward_kernel
+from .join_parts import check_parts, columns_of, configuration, descriptor, groups_of, is_described
 from .launch import blocks, launch
 from .library import check_dtype, check_tensors, register, register_autograd, require
 from .linear_gradient import linear_backward_activation, linear_backward_input
 from .product import precision
-
-
-@triton.jit(do_not_specialize=["rows"])
-def join_forward_kernel(
-    out_ptr,
-    z_ptr,
-    sum_ptr,
-    parts,
-    strides,
-    widths,
-    weight_ptr,
-    bias_ptr,
-    rows,
-    columns,
-    weight_stride,
-    weight_inner_stride,
-    PARTS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEEP_Z: tl.constexpr,
-    CONTINUED: tl.constexpr,
-    ENDS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """One tile of the result: the blocks of all parts in one loop. Of several launches those that are
-    CONTINUED start from the sum so far, and those that are not the last (ENDS) leave it."""
-    row_block, column_block = place_of_tile(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS))
-    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = column_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    step = tl.arange(0, INNER)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    offset = row[:, None] * columns + column[None, :]
-    if CONTINUED:
-        z = tl.load(sum_ptr + offset, mask=mask, other=0.0)
-    else:
-        z = tl.zeros((ROWS, COLUMNS), tl.float32)
-    count = 0
-    for other in tl.static_range(0, PARTS):
-        count += tl.cdiv(widths[other], INNER)
-    for block in range(0, count):
-        part, number, first = place_in_parts(block, widths, PARTS, INNER)
-        inner = number * INNER + step
-        inside = inner < pick(widths, part, PARTS)
-        x = pick(parts, part, PARTS) + row[:, None] * pick(strides, part, PARTS) + inner[None, :]
-        x_tile = tl.load(x, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        place = (first + inner).to(tl.int64)[:, None] * weight_inner_stride
-        weight = weight_ptr + column[None, :] * weight_stride + place
-        weight_tile = tl.load(weight, mask=(column < columns)[None, :] & inside[:, None], other=0.0)
-        z = tl.dot(x_tile, weight_tile, z, input_precision=PRECISION)
-    if ENDS:
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        if KEEP_Z:
-            tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=mask)
-        tl.store(out_ptr + offset, activate(z, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(sum_ptr + offset, z, mask=mask)
 
 
 def _launch(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> Any:
@@ -98,37 +33,36 @@ def _launch(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activatio
     z = empty_forward(xs, weight, bias, activation) if keep else y
     columns = weight.shape[0]
     rows = y.numel() // columns if columns else 0
-    tile = configuration(rows, columns, weight.dtype)
     groups = list(groups_of(xs))
+    described = is_described(weight, [group for _, group in groups])
+    tile = configuration(rows, columns, weight.dtype, described and not keep)
     total = y if len(groups) == 1 else weight.new_empty((rows, columns), dtype=torch.float32)
+    bias = y if bias is None else bias.contiguous()
     for first, group in groups:
-        launch(
-            join_forward_kernel,
-            (blocks(rows, tile.rows) * blocks(columns, tile.columns),),
-            y,
-            z,
-            total,
-            tuple(group),
-            tuple(x.stride(0) for x in group),
-            tuple(x.shape[1] for x in group),
-            weight[:, first:],
-            y if bias is None else bias.contiguous(),
-            rows,
-            columns,
-            *weight.stride(),
-            PARTS=len(group),
-            ACTIVATION=ACTIVATIONS.index(activation),
-            HAS_BIAS=bias is not None,
-            KEEP_Z=keep,
-            CONTINUED=first > 0,
-            ENDS=group is groups[-1][1],
-            PRECISION=precision(),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            INNER=tile.inner,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        widths, strides = tuple(x.shape[1] for x in group), tuple(x.stride(0) for x in group)
+        own = weight[:, first:]
+        options = {
+            "PARTS": len(group),
+            "ACTIVATION": ACTIVATIONS.index(activation),
+            "HAS_BIAS": bias is not y,
+            "KEEP_Z": keep,
+            "CONTINUED": first > 0,
+            "ENDS": group is groups[-1][1],
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "INNER": tile.inner,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+        grid = (blocks(rows, tile.rows) * blocks(columns, tile.columns),)
+        if described and 0 not in grid:
+            parts = tuple(descriptor(x, tile.rows, tile.inner) for x in group)
+            read = descriptor(own, tile.columns, tile.inner)
+            described_arguments = (y, z, total, parts, widths, read, bias, rows, columns)
+            launch(join_described_kernel, grid, *described_arguments, **options)
+        else:
+            arguments = (y, z, total, tuple(group), strides, widths, own, bias, rows, columns, *own.stride())
+            launch(join_forward_kernel, grid, *arguments, PRECISION=precision(), **options)
     return (y, z) if keep else y
 
 

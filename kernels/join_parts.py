@@ -15,10 +15,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import blocks
+from .launch import INTERPRETED, blocks, is_counting
 from .library import as_rows, check_dtype, check_tensors, require
 
+INNER = 64  # elements of a sum in 16 bits that are multiplied at a time
 GROUP = 8  # most parts of one launch; more are added to what the launches before left
 
 
@@ -33,13 +35,49 @@ class Tile:
     stages: int
 
 
-def configuration(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    """A function of the result's shape and the dtype; `inner` depends on the dtype alone."""
+def configuration(rows: int, columns: int, dtype: torch.dtype, wide: bool = False) -> Tile:
+    """A function of the result's shape, the dtype and the kernel; `inner` depends on the dtype alone.
+
+    `wide` tiles are for a kernel whose epilogue leaves the registers for them.
+    """
     if dtype.itemsize > 2:
         return Tile(64, 64, 32, 4, 3)
+    if wide and blocks(rows, 128) * blocks(columns, 256) >= 128:
+        return Tile(128, 256, INNER, 8, 3)
     if blocks(rows, 128) * blocks(columns, 128) < 64:
-        return Tile(64, 64, 64, 4, 4)
-    return Tile(128, 128, 64, 8, 3)
+        return Tile(64, 64, INNER, 4, 4)
+    return Tile(128, 128, INNER, 8, 3)
+
+
+def is_described(weight: Tensor, groups: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether tensor descriptors can describe the weight and all parts: on Hopper, in 16 bits, where rows
+    start at multiples of 16 bytes and no block is of two parts. That does not depend on how many rows there
+    are."""
+    if weight.dtype.itemsize != 2 or not _is_hopper(weight):
+        return False
+    parts = [x for group in groups for x in group]
+    return all(x.shape[1] % INNER == 0 for x in parts[:-1]) and all(map(_is_describable, (weight, *parts)))
+
+
+def _is_hopper(tensor: Tensor) -> bool:
+    """Whether the chip has descriptors; of a tensor that is nowhere, the one that is compiled for. The
+    interpreter has them too."""
+    if INTERPRETED or is_counting():
+        return not is_counting()
+    if tensor.is_cuda:
+        return torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return tensor.is_meta and int(triton.runtime.driver.active.get_current_target().arch) >= 90
+
+
+def _is_describable(matrix: Tensor) -> bool:
+    (rows, columns), stride = matrix.shape, matrix.stride(0)
+    aligned = stride * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return rows > 0 and columns > 0 and matrix.stride(1) == 1 and stride >= columns and aligned
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a matrix that is read in blocks of this size."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 @triton.jit

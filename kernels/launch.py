@@ -56,6 +56,11 @@ def counting(counter: Counter[str]) -> Iterator[None]:
         _counter.reset(token)
 
 
+def is_counting() -> bool:
+    """Whether kernels are counted now: tensors have no addresses then."""
+    return _counter.get() is not None
+
+
 def _on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the device of the tensors."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

@@ -209,19 +209,22 @@ def sum_cases() -> Any:
 
 
 def join_cases() -> Any:
-    """The seven towers of CANDLE-Uno at once, more parts than a launch takes, large tiles and small ones."""
-    for dtype, activation, rows, parts in (
-        (torch.bfloat16, "relu", 1024, 7),
-        (torch.bfloat16, "gelu_tanh", 64, 10),
-        (torch.float32, "none", 1024, 4),
+    """The seven towers of CANDLE-Uno at once, more parts than a launch takes, widths that descriptors cannot
+    describe, large tiles and small ones."""
+    for dtype, activation, rows, width, parts in (
+        (torch.bfloat16, "relu", 1024, 4096, 7),
+        (torch.bfloat16, "gelu_tanh", 64, 4096, 10),
+        (torch.bfloat16, "gelu_erf", 1024, 1024, 4),
+        (torch.bfloat16, "relu", 1024, 942, 7),
+        (torch.float32, "none", 1024, 4096, 4),
     ):
-        xs = [empty(rows, 4096, dtype=dtype)] * parts
-        weight, bias = empty(4096, 4096 * parts, dtype=dtype), empty(4096, dtype=dtype)
-        case = f"join {dtype} {activation} {parts} parts of {rows} rows"
+        xs = [empty(rows, width, dtype=dtype)] * parts
+        weight, bias = empty(4096, width * parts, dtype=dtype), empty(4096, dtype=dtype)
+        case = f"join {dtype} {activation} {parts} parts of {rows} x {width}"
         smooth = activation in linear.NEEDS_PREACTIVATION
         forward = join_linear.launch_forward_keeping if smooth else join_linear.launch_forward
         yield case, forward, (xs, weight, bias, activation)
-        if activation == "relu":
+        if activation == "relu" and width == 4096:
             total = empty(*weight.shape, dtype=torch.float32)
             dz = empty(rows, 4096, dtype=dtype)
             yield case, join_gradient.launch_accumulate_weight, (total, dz, xs)

@@ -64,7 +64,6 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
         "pointwise_loss_backward_kernel",
         "total_kernel",
         "product_kernel",
-        "described_product_kernel",
         "activation_backward_kernel",
         "column_sum_kernel",
         "bag_forward_kernel",
@@ -79,6 +78,7 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
         "attention_delta_kernel",
         "attention_query_kernel",
         "attention_key_value_kernel",
+        *(["join_described_kernel", "described_product_kernel"] if architecture == 90 else []),
     }
     assert [row for row in table if row["stack"] > 0] == []
     assert [row for row in table if row["shared"] > SHARED_MEMORY[architecture]] == []
@@ -97,13 +97,19 @@ def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
     assert [row for row in products if row["wgmma"] == 0] == []
 
 
+def test_joins_in_half_precision_use_them_too(tables: dict[int, list[dict[str, Any]]]) -> None:
+    joins = [r for r in tables[90] if r["kernel"].startswith("join_") and "float32" not in r["case"]]
+    assert len(joins) >= 5
+    assert [row for row in joins if row["wgmma"] == 0] == []
+
+
 def test_any_number_of_samples_and_places_runs_the_same_compiled_kernels() -> None:
     code = """
 import torch, triton
 from tests.kernels.ahead_of_time import NoDevice, empty
 from kernels import add_norm, add_norm_backward, add_norm_forward, add_norm_gradient
 from kernels import attention, attention_gradient, bag_sums, embedding_bag, embedding_bag_gradient
-from kernels import gradient_sum, interaction, linear, linear_gradient, product
+from kernels import gradient_sum, interaction, join_gradient, join_linear, linear, linear_gradient, product
 triton.runtime.driver.set_active(NoDevice(90))
 compiled = set()
 def compile_only(kernel, grid, *arguments, **options):
@@ -112,6 +118,7 @@ norms = (add_norm_backward, add_norm_forward)
 for module in (*norms, bag_sums, embedding_bag, gradient_sum, interaction, product):
     module.launch = compile_only
 attention.launch = attention_gradient.launch = compile_only
+join_linear.launch = join_gradient.launch = compile_only
 weight, total = empty(256, 64, dtype=torch.bfloat16), empty(256, 64, dtype=torch.float32)
 for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     indices = [empty(places + table, dtype=torch.int64) for table in range(2)]
@@ -137,6 +144,10 @@ for samples, places in ((16, 1000), (33, 999), (100, 4096)):
     delta = attention_gradient.launch_delta(y, y)
     attention_gradient.launch_query(y, q, q, q, *saved, delta, *numbers)
     attention_gradient.launch_key_value(y, q, q, q, *saved, delta, *numbers)
+    for width in (64, 65):
+        xs = [empty(samples, width, dtype=torch.bfloat16)] * 2
+        y = join_linear.launch_forward(xs, empty(32, 2 * width, dtype=torch.bfloat16), None, "relu")
+    join_gradient.launch_accumulate_weight(empty(32, 2 * width, dtype=torch.float32), y, xs)
 print(*sorted(name for name, _ in compiled))
 """
     assert python("-c", code, interpret=False).split() == [
@@ -153,6 +164,9 @@ print(*sorted(name for name, _ in compiled))
         *["described_product_kernel"] * 3,
         "interaction_backward_kernel",
         "interaction_forward_kernel",
+        "join_described_kernel",
+        "join_forward_kernel",
+        "join_weight_kernel",
         "sum_kernel",
     ]
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.activation import ACTIVATIONS
 from kernels.join_linear import join_linear
-from kernels.join_parts import GROUP, configuration
+from kernels.join_parts import GROUP, configuration, is_described
 from tests.kernels.numerics.compare import DTYPE_NAMES, DTYPES, assert_as_good_as_torch
 from tests.kernels.numerics.test_linear import random
 from tests.kernels.numerics.test_linear import torchs as linear_of
@@ -66,6 +66,45 @@ def test_large_tile(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias, xs, dy = parts((72, 130), 140, 150, dtype=torch.bfloat16, device=device)
     assert_right(weight, bias, xs, dy, "gelu_tanh")
     assert_added(weight, xs, dy)
+
+
+def hopper(device: str) -> bool:
+    return device == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+@pytest.mark.parametrize("widths", [(64, 128, 40), (64,) * (GROUP + 1)], ids=["3 parts", "two launches"])
+def test_parts_that_descriptors_can_describe(
+    widths: tuple[int, ...], activation: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias, xs, dy = parts(widths, 40, 70, dtype=torch.bfloat16, device=device)
+    xs[0] = torch.cat([xs[0], xs[0]], 1)[:, 64:]
+    assert is_described(weight, [xs]) == hopper(device)
+    assert_right(weight, bias, xs, dy, activation)
+    made = join_linear(xs, weight, bias, activation)
+    monkeypatch.setattr("kernels.join_linear.is_described", lambda *_: False)
+    assert torch.equal(join_linear(xs, weight, bias, activation), made)  # the sums have the same order
+
+
+def test_wide_tile(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = configuration(4096, 4096, torch.bfloat16, wide=True)
+    assert (wide.rows, wide.columns) == (128, 256)
+    monkeypatch.setattr("kernels.join_linear.configuration", lambda *_: wide)
+    assert_right(*parts((64, 8), 264, 130, dtype=torch.float16, device=device), "relu")
+
+
+def test_what_descriptors_cannot_describe(device: str) -> None:
+    weight, _, xs, _ = parts((64, 64), 40, 70, dtype=torch.bfloat16, device=device)
+    assert is_described(weight, [xs]) == hopper(device)
+    for other in (
+        (weight, [[*xs, xs[0][:, :63].clone()]]),  # rows of 126 bytes
+        (weight, [[xs[0][:, :56], xs[1]]]),  # a block of two parts
+        (weight.t(), [xs]),
+        (weight.flatten()[1:].unfold(0, 64, 64), [xs]),  # an address of two bytes more
+        (weight.float(), [[x.float() for x in xs]]),
+        (weight, [[x[:0] for x in xs]]),
+    ):
+        assert not is_described(*other)
 
 
 def test_strides(device: str) -> None:
