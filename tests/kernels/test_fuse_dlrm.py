@@ -137,7 +137,8 @@ def test_what_is_written_in_between() -> None:
     given = (*TABLES[:2], TABLES[1] + 1, INDICES[0][None])
     fused, report = fuse(make_fx(moved, pre_dispatch=True, tracing_mode="fake")(*given))
     assert ["remainder_ overwrites what it reads" in item.reason for item in report.left] == [True] * 2
-    assert len(report.fused) == 1 and torch.equal(fused(*given), moved(*given))
+    assert operators(report).count("embedding_bag") == 1
+    assert torch.equal(fused(*given), moved(*given))
 
 
 def test_embeddings_of_other_shapes_are_left_alone() -> None:
