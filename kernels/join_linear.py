@@ -26,6 +26,7 @@ from .launch import blocks, launch
 from .library import check_dtype, check_tensors, register, register_autograd, require
 from .linear_gradient import linear_backward_activation, linear_backward_input
 from .product import precision
+from .tuning import tuned
 
 
 def _launch(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> Any:
@@ -35,7 +36,8 @@ def _launch(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activatio
     rows = y.numel() // columns if columns else 0
     groups = list(groups_of(xs))
     described = is_described(weight, [group for _, group in groups])
-    tile = configuration(rows, columns, weight.dtype, described and not keep)
+    static = configuration(rows, columns, weight.dtype, described and not keep)
+    tile = tuned("join", static, weight, rows=rows, columns=columns, inner=weight.shape[1])
     total = y if len(groups) == 1 else weight.new_empty((rows, columns), dtype=torch.float32)
     bias = y if bias is None else bias.contiguous()
     for first, group in groups:

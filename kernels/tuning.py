@@ -81,6 +81,11 @@ SPACES: Mapping[str, Space] = {
         },
         reorders=False,
     ),
+    "join": Space(
+        ("rows", "columns", "inner"),
+        {"rows": (64, 128), "columns": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5)},
+        reorders=False,
+    ),
     "norm": _ROWS,
     "norm_backward": _ROWS,
     "add_norm": _ROWS,

@@ -15,6 +15,7 @@ from kernels import (
     embedding_bag,
     gradient_sum,
     interaction,
+    join_parts,
     pointwise_loss,
     product,
     rows,
@@ -29,6 +30,7 @@ SIZES = {"rows": 1000, "columns": 4096, "inner": 1024}
 CONFIGURATIONS = {
     "product": STATIC,
     "described_product": product.configuration(1000, 4096, torch.bfloat16, described=True),
+    "join": join_parts.configuration(1024, 4096, torch.bfloat16, wide=True),
     **dict.fromkeys(("norm", "norm_backward"), rows.configuration(1024)),
     **dict.fromkeys(("add_norm", "add_norm_backward"), rows.configuration(1024)),
     **dict.fromkeys(("cross_entropy", "cross_entropy_backward"), rows.configuration(1024)),
