@@ -40,7 +40,20 @@ class Tables(nn.Module):
         return functional.mse_loss(h, y)
 
 
+class Joined(nn.Module):
+    """Two branches, joined by a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.top = nn.Linear(4, 8), nn.Linear(4, 6), nn.Linear(14, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = torch.cat([functional.gelu(self.a(x)), self.b(x)], dim=-1)
+        return functional.mse_loss(functional.relu(self.top(h))[:, -1].float(), y)
+
+
 BATCHES = {
+    Joined: lambda: {"x": torch.randn(8, 5, 4), "y": torch.randn(8, 3)},
     Shared: lambda: {"x": torch.randn(8, 5, 4), "y": torch.randn(8, 3)},
     Tables: lambda: {"i": torch.randint(9, (8, 4)), "y": torch.randn(8, 3)},
 }
@@ -88,6 +101,19 @@ def test_sums_are_those_of_products_then_additions(precision: str, bound: float,
     assert count(plain, aten.add_.Tensor) == 4 and count(plain, ADD) == 0
     # a twice, b and c; of a's bias both uses are left
     assert count(rewritten, ADD) == 4 and count(rewritten, aten.add_.Tensor) == 2
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= bound * value.norm(), name
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("bf16", 1e-2)])
+def test_a_join_adds_to_the_columns_of_its_parts(precision: str, bound: float) -> None:
+    rewritten: list[fx.GraphModule] = []
+    expected = trained(Hooks(), precision, [], Joined)
+    found = trained(
+        Hooks(fuse=lambda module: fuse(module)[0], accumulate=accumulate), precision, rewritten, Joined
+    )
+    join = torch.ops.gpp_kernels.join_linear_accumulate_weight.default
+    assert count(rewritten, join) == 1 and count(rewritten, ADD) == 2
     for name, value in expected.items():
         assert (found[name] - value).norm() <= bound * value.norm(), name
 
