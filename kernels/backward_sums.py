@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from .gradient_sum import sum_of
-from .patterns.match import arguments, known
+from .patterns.match import known
+from .patterns.storage import storage, written
 from .patterns.sum import Chain, chain_ending_at
 
 aten = torch.ops.aten
@@ -44,30 +45,8 @@ def _replace(graph: fx.Graph, chain: Chain) -> None:
 
 def _overwritten(chain: Chain) -> bool:
     """Whether a part is written to before the last addition, which now is when all are read."""
-    bases = {_base(part) for part in chain.parts}
+    read = {storage(part) for part in chain.parts}
     node = chain.nodes[0]
-    while node is not chain.nodes[-1]:
-        if any(_base(target) in bases for target in _written(node)):
-            return True
+    while node is not chain.nodes[-1] and not written(node) & read:
         node = node.next
-    return False
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """What a call writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    named = {
-        a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    }
-    given = arguments(node)
-    return [given[name] for name in named if isinstance(given[name], fx.Node)]
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """The value of which a node is a view."""
-    while isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    return node
+    return node is not chain.nodes[-1]

@@ -154,7 +154,8 @@ def _checked(match: Match) -> Match:
         if made.dtype not in KERNEL_DTYPES:
             raise LeftAlone(f"its dtype is {made.dtype}, the kernels compute in float32")
     for node in match.nodes:
-        if node not in match.results and not set(node.users) <= set(match.nodes):
+        made_by_call = node in match.results or node in match.copies
+        if not made_by_call and not set(node.users) <= set(match.nodes):
             raise LeftAlone(f"{node.name} is read by others too")
     if all(known(node) is not None for node in nodes_of(match.arguments)):
         try:
@@ -170,7 +171,7 @@ def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
     place = {node: index for index, node in enumerate(graph.nodes)}
     given = [node.next for node in nodes_of(match.arguments)]
     start = max((match.nodes[0], *given), key=place.__getitem__)
-    for result in match.results:
+    for result in (*match.results, *match.copies):
         for reader in result.users:
             if reader not in match.nodes and place[reader] < place[start]:
                 raise LeftAlone(f"{reader.name} reads {result.name} before all arguments are there")
@@ -197,6 +198,8 @@ def _replace(module: fx.GraphModule, match: Match, inside: str) -> Fused:
         if several:
             new.meta.update(old.meta)
         old.replace_all_uses_with(new)
+    for copied in match.copies:
+        copied.replace_all_uses_with(made[0])
     for node in reversed(match.nodes):
         graph.erase_node(node)
     for node in made:

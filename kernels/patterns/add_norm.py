@@ -3,8 +3,9 @@
 [dropout(x, keyed bits, p) ->] add(residual, x) -> layer_norm or rms_norm [-> cast]    -> gpp_kernels.add_norm
 
 The addends stand in either order. The sum may be read by others, as where the norm comes first in a block; a
-cast to 16 bits is taken where it alone reads the norm, as under autocast. Additions in place are left to
-torch: those that nobody else sees are functional in a captured graph.
+cast to 16 bits is taken where it alone reads the norm, as under autocast, or several alike casts do, which
+become one. Additions in place are left to torch: those that nobody else sees are functional in a captured
+graph.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from torch import fx
 
 from ..add_norm import add_norm, check_forward
 from .dropout import keyed_arguments
-from .match import Keyed, LeftAlone, Match, Pattern, arguments, made, same
+from .match import Keyed, LeftAlone, Match, Pattern, arguments, in_order, made, same
 from .norm import norm_arguments
+from .storage import storage, written
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -40,11 +42,10 @@ def _add_norm(keyed: Keyed | None, node: fx.Node) -> Match | None:
             x, residual, dropped = found.x, other, found.arguments
             nodes = (*found.nodes, *nodes)
             break
-    last = _narrowed(node)
-    if last is not node:
-        nodes = (*nodes, last)
-    taken = (x, residual, norm.weight, norm.bias, norm.eps, norm.centred, made(last).dtype, *dropped)
-    return Match(nodes, add_norm, taken, check_forward, (last, total))
+    casts = _casts(node)
+    result, *copies = casts or (node,)
+    taken = (x, residual, norm.weight, norm.bias, norm.eps, norm.centred, made(result).dtype, *dropped)
+    return Match((*nodes, *casts), add_norm, taken, check_forward, (result, total), copies=tuple(copies))
 
 
 def _addends(total: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -82,14 +83,19 @@ def _dropout(keyed: Keyed | None, addend: fx.Node, total: fx.Node) -> _Dropout |
     return _Dropout(x, (*key, p), (bits, addend) if len(bits.users) == 1 else (addend,))
 
 
-def _narrowed(node: fx.Node) -> fx.Node:
-    """The cast to 16 bits that alone reads the node, else the node."""
-    readers = list(node.users)
-    if len(readers) != 1 or readers[0].target not in _CASTS or made(node).dtype in _NARROW:
-        return node
-    given = {key: value for key, value in arguments(readers[0]).items() if key != "self"}
-    plain = not any(value for key, value in given.items() if key != "dtype")
-    return readers[0] if plain and given["dtype"] in _NARROW else node
+def _casts(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The casts to one type of 16 bits that alone read the node; none if others do, or write to several."""
+    readers = in_order(node.users) if node.users and made(node).dtype not in _NARROW else ()
+    dtypes = set()
+    for reader in readers:
+        given = arguments(reader) if reader.target in _CASTS else {}
+        plain = not any(value for key, value in given.items() if key not in ("self", "dtype"))
+        dtypes.add(given.get("dtype") if plain else None)
+    alone = len(dtypes) == 1 and dtypes <= set(_NARROW)
+    if not alone or len(readers) == 1:
+        return readers if alone else ()
+    storages = {storage(reader) for reader in readers}
+    return () if any(written(other) & storages for other in node.graph.nodes) else readers
 
 
 def add_norms(keyed: Keyed | None) -> Mapping[Any, Pattern]:

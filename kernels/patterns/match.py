@@ -31,9 +31,9 @@ class Match:
     """Nodes in the order of the graph and the call that can replace them.
 
     `results` are the nodes whose values the call makes, in the order of its results; the others are read by
-    nobody outside. A `stacked` call makes one tensor, which has them in its dimension 0. `arguments` are
-    nodes, calls, constants and lists of these. `check` raises TypeError or ValueError for arguments that the
-    operator refuses.
+    nobody outside. `copies` are nodes that have the value of the first result too. A `stacked` call makes
+    one tensor, which has its results in its dimension 0. `arguments` are nodes, calls, constants and lists of
+    these. `check` raises TypeError or ValueError for arguments that the operator refuses.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -42,6 +42,7 @@ class Match:
     check: Callable[..., None]
     results: tuple[fx.Node, ...]
     stacked: bool = False
+    copies: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

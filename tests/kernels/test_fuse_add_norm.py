@@ -205,6 +205,29 @@ def test_other_sums_are_left_and_their_norms_are_not(
     torch.testing.assert_close(fused(*inputs), plain(*inputs))
 
 
+def test_alike_casts_of_a_norm_become_one() -> None:
+    """As where the projections of attention are layers of their own, under autocast."""
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        normal = norm(x + y)
+        return normal.bfloat16().sin(), normal.bfloat16() * 2, normal.bfloat16().cos()
+
+    def other(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        normal = norm(x + y)
+        return normal.bfloat16().sin(), normal.half() * 2
+
+    def written(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        normal = norm(x + y)
+        return normal.bfloat16()[1:].sin_(), normal.bfloat16() * 2
+
+    for case, count in ((function, 5), (other, 2), (written, 2)):
+        plain = traced(case, X, X)
+        fused, report = fuse(plain)
+        assert [len(item.nodes) for item in report.fused] == [count]
+        for got, right in zip(fused(X, X), plain(X, X), strict=True):
+            assert torch.equal(got, right)
+
+
 def test_a_sum_whose_addend_is_overwritten_before_the_norm_is_left() -> None:
     def function(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         s = x + y
