@@ -4,8 +4,8 @@
 
 The addends stand in either order. The sum may be read by others, as where the norm comes first in a block; a
 cast to 16 bits is taken where it alone reads the norm, as under autocast, or several alike casts do, which
-become one. Additions in place are left to torch: those that nobody else sees are functional in a captured
-graph.
+become one: their gradients are then added in that type, which rounds them once more. Additions in place are
+left to torch: those that nobody else sees are functional in a captured graph.
 """
 
 from collections.abc import Mapping
