@@ -110,7 +110,7 @@ def test_a_join_adds_to_the_columns_of_its_parts(precision: str, bound: float) -
     rewritten: list[fx.GraphModule] = []
     expected = trained(Hooks(), precision, [], Joined)
     found = trained(
-        Hooks(fuse=lambda module: fuse(module)[0], accumulate=accumulate), precision, rewritten, Joined
+        Hooks(fuse=lambda module: fuse(module)[0], backward=accumulate), precision, rewritten, Joined
     )
     join = torch.ops.gpp_kernels.join_linear_accumulate_weight.default
     assert count(rewritten, join) == 1 and count(rewritten, ADD) == 2

@@ -93,7 +93,7 @@ def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
         for row in tables[90]
         if any(kind in row["kernel"] for kind in kinds) and "float32" not in row["case"]
     ]
-    assert len(products) >= 25
+    assert len(products) >= 15
     assert [row for row in products if row["wgmma"] == 0] == []
 
 
