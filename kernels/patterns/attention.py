@@ -49,7 +49,7 @@ def _without_dropout(node: fx.Node) -> Match:
 
 
 def _left_to_torch(node: fx.Node) -> Match:
-    raise LeftAlone("torch's SDPA has no dropout to key here; attention=True takes it")
+    raise LeftAlone("torch's SDPA has no dropout to key here; kernels.attention=triton takes it")
 
 
 def _sizes(query: fx.Node, key: fx.Node) -> tuple[Any, Any, Any]:
