@@ -1,14 +1,17 @@
-"""Norms, dropout and losses: memory-bound, so counted in bytes."""
+"""Norms, dropout, sums and losses: all bound by memory."""
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.add_norm import add_norm
 from kernels.cross_entropy import cross_entropy
 from kernels.dropout import dropout
+from kernels.gradient_sum import sum_of
 from kernels.layer_norm import layer_norm
 from kernels.pointwise_loss import binary_cross_entropy_with_logits, mse_loss
 from kernels.rms_norm import rms_norm
@@ -83,6 +86,15 @@ def _our_dropout(x: Tensor, position: Tensor, p: float) -> Any:
     return dropout(x, position, 1 << 40, x.shape[-1] * TOKENS, p)
 
 
+def _sum_of_inputs(numbers: Mapping[str, int], make: Maker) -> Inputs:
+    shape = numbers["rows"], numbers["width"]
+    return ([make.normal(*shape) for _ in range(numbers["parts"])],)
+
+
+def _sum_of_costs(numbers: Mapping[str, int], itemsize: int) -> tuple[Cost, Cost]:
+    return Cost((numbers["parts"] + 1) * numbers["rows"] * numbers["width"] * itemsize), Cost(0)
+
+
 def _class_inputs(numbers: Mapping[str, int], make: Maker) -> Inputs:
     rows, classes = numbers["rows"], numbers["classes"]
     return make.normal(rows, classes, grad=True), make.integers(classes, rows)
@@ -155,6 +167,20 @@ NORMS = (
     ),
 )
 DROPOUT = (
+    Kernel(
+        name="sum_of",
+        ours=lambda parts: sum_of(parts, parts[0].dtype),
+        eager=lambda parts: reduce(torch.add, parts),
+        inputs=_sum_of_inputs,
+        costs=_sum_of_costs,
+        sizes=(
+            Size("MMT", {"parts": 4, "rows": 64 * TOKENS, "width": WIDTH}, rank=0),
+            Size("CANDLE", {"parts": 7, "rows": 1024, "width": 4096}),
+        ),
+        tiny={"parts": 3, "rows": 5, "width": 24},
+        passes=("forward",),
+        note="Of branches, and of gradients where a value is read several times.",
+    ),
     Kernel(
         name="dropout",
         ours=_our_dropout,
