@@ -1,7 +1,8 @@
 """python -m benchmarks.kernels.resources [section ...]: what compiled kernels take of a chip; needs no GPU.
 
 Every kernel is compiled ahead of time in each of its variants: registers of a thread, bytes of stack (what
-did not fit in registers), shared memory of a block, and instructions of Hopper's tensor cores.
+did not fit in registers), shared memory of a block, and instructions of Hopper's tensor cores. The section
+`launches` counts the kernels of whole models.
 """
 
 import json
@@ -16,6 +17,8 @@ from typing import Any
 from benchmarks.command import run
 from benchmarks.section import Cell, Section
 
+from .counts import launch_counts, paper_models
+
 CHECKOUT = Path(__file__).parents[2]
 COMPILER = "tests.kernels.ahead_of_time"  # prints a JSON object for each variant
 SHARED = {90: 232448, 80: 166912}  # bytes of shared memory that a block may use
@@ -25,8 +28,9 @@ Row = Mapping[str, Any]
 
 
 def sections() -> dict[str, Callable[[], Section]]:
-    """One an architecture."""
-    return {f"sm_{chip}": partial(measured, chip) for chip in CHIPS}
+    """One an architecture, and the launches."""
+    compiled = {f"sm_{chip}": partial(measured, chip) for chip in CHIPS}
+    return {**compiled, "launches": lambda: launch_counts(paper_models())}
 
 
 def measured(chip: int) -> Section:

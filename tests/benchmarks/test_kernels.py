@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.kernels import ceilings, record, report, resources, stages, targets
+from benchmarks.kernels import ceilings, counts, record, report, resources, stages, targets
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.clock import Call, CudaClock, Spread, spread
 from benchmarks.kernels.kernels import KERNELS
@@ -364,6 +364,14 @@ def test_resources() -> None:
         assert resources.section(90, [row | wrong]).reached is False
     assert resources.section(80, [row | {"wgmma": 0}]).reached
     assert resources.section(90, [row | {"case": "torch.float32 none", "wgmma": 0}]).reached
+
+
+def test_launch_counts() -> None:
+    tiny = replace(stages.STAGES[2], sizes=stages.STAGES[2].tiny)
+    section = counts.launch_counts({"DLRM": stages.traced(tiny, "fp32", torch.device("cpu"))})
+    ((_, before, after, share, own),) = section.rows
+    assert section.reached and 0 < int(own or 0) <= int(after or 0) < int(before or 0)
+    assert share == int(after or 0) / int(before or 1) and text(section)
 
 
 def test_settings(tmp_path: Path) -> None:
