@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
 
-import torch
+from torch._functorch import config as functorch_config
 
 from benchmarks.report import text
 from kernels.tuning import forget_tables, path_of, table_of, table_to_json
@@ -41,7 +41,7 @@ def tuned_and_measured(
 ) -> None:
     """Everything that the settings ask for, within their seconds; `gpu` is the name of the device."""
     # what is saved of a compiled graph must last for several backwards over it
-    with torch._functorch.config.patch(donated_buffer=False):
+    with functorch_config.patch(donated_buffer=False):
         _tuned_and_measured(asked, clock, gpu, now, say, backend, stages)
 
 
