@@ -16,12 +16,12 @@ from typing import Any
 
 from benchmarks.command import run
 from benchmarks.section import Cell, Section
+from kernels.ahead_of_time import SHARED_MEMORY
 
 from .counts import launch_counts, paper_models
 
 CHECKOUT = Path(__file__).parents[2]
-COMPILER = "tests.kernels.ahead_of_time"  # prints a JSON object for each variant
-SHARED = {90: 232448, 80: 166912}  # bytes of shared memory that a block may use
+COMPILER = "benchmarks.kernels.variants"  # prints a JSON object for each variant
 CHIPS = {90: "H100, H200", 80: "A100"}
 
 Row = Mapping[str, Any]
@@ -37,9 +37,9 @@ def measured(chip: int) -> Section:
     """Compile for one architecture, in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", COMPILER, str(chip)],
+        [sys.executable, "-m", COMPILER, str(chip), "all"],
         cwd=CHECKOUT,
-        env=environment | {"GPP_ALL_TESTS": "1"},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -51,7 +51,7 @@ def measured(chip: int) -> Section:
 
 def section(chip: int, table: Sequence[Row]) -> Section:
     """Of the variants compiled for a chip."""
-    limit = SHARED[chip]
+    limit = SHARED_MEMORY[chip]
     spilling = sum(row["stack"] > 0 for row in table)
     too_large = sum(row["shared"] > limit for row in table)
     slow = [row["kernel"] for row in table if chip == 90 and _on_tensor_cores(row) and row["wgmma"] == 0]

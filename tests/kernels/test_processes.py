@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from kernels.ahead_of_time import SHARED_MEMORY
 from tests.thorough import ALL, thorough
 
 ROOT = Path(__file__).parents[2]
 ATTENTION = ("forward", "query", "key_value")  # its kernels that multiply matrices
-SHARED_MEMORY = {90: 232448, 80: 166912}  # bytes that one block may use
 
 
 def python(*arguments: str, interpret: bool) -> str:
@@ -35,7 +35,8 @@ def test_kernels_under_the_interpreter() -> None:
 
 
 def compiled(architecture: int) -> list[dict[str, Any]]:
-    output = python("-m", "tests.kernels.ahead_of_time", str(architecture), interpret=False)
+    asked = [str(architecture), *(["all"] if ALL else [])]
+    output = python("-m", "benchmarks.kernels.variants", *asked, interpret=False)
     return [json.loads(line) for line in output.splitlines()]
 
 
@@ -106,7 +107,8 @@ def test_joins_in_half_precision_use_them_too(tables: dict[int, list[dict[str, A
 def test_any_number_of_samples_and_places_runs_the_same_compiled_kernels() -> None:
     code = """
 import torch, triton
-from tests.kernels.ahead_of_time import NoDevice, empty
+from benchmarks.kernels.variants import empty
+from kernels.ahead_of_time import NoDevice
 from kernels import add_norm, add_norm_backward, add_norm_forward, add_norm_gradient
 from kernels import attention, attention_gradient, bag_sums, embedding_bag, embedding_bag_gradient
 from kernels import gradient_sum, interaction, join_gradient, join_linear, linear, linear_gradient, product

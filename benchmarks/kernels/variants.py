@@ -1,25 +1,19 @@
-"""Compiles every kernel in its production configurations for one GPU architecture, on a machine without one.
+"""Every kernel in its production configurations, compiled for one GPU architecture on a machine without one.
 
-    python -m tests.kernels.ahead_of_time 90
+    python -m benchmarks.kernels.variants 90
 
-prints one JSON object a line: kernel, case, registers, bytes of stack (spills), bytes of shared memory and
-number of wgmma instructions. The launch functions run on meta tensors, with a launcher that compiles.
+prints one JSON object a line, as `kernels.ahead_of_time` has them; with `all` behind it those of seldom used
+variants too.
 """
 
 import itertools
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from kernels import (
     add_norm,
@@ -36,58 +30,23 @@ from kernels import (
     interaction,
     join_gradient,
     join_linear,
-    launch,
     layer_norm,
     linear,
     linear_gradient,
     pointwise_loss,
     rms_norm,
 )
+from kernels.activation import NEEDS_PREACTIVATION
+from kernels.ahead_of_time import Case, compiled
 from kernels.rows import WHOLE_ROW
-from tests.thorough import ALL
-
-RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-
-
-class NoDevice:
-    """Enough of a driver for Triton to compile and never run."""
-
-    def __init__(self, architecture: int) -> None:
-        self.target = GPUTarget("cuda", architecture, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def is_active(self) -> bool:
-        return True
-
-
-def usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of a compiled kernel, by the tool that comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = RESOURCES.search(text.stdout)
-    assert found is not None, text.stdout
-    return int(found[1]), int(found[2])
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without data."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def layer_norm_cases() -> Any:
+def layer_norm_cases() -> Iterator[Case]:
     """(name, function, arguments) over widths in registers, the widest of them, and in a loop."""
     for dtype, widths in ((torch.bfloat16, (128, 1024)), (torch.float32, ())):
         for width in (*widths, WHOLE_ROW, WHOLE_ROW + 1000):
@@ -100,7 +59,7 @@ def layer_norm_cases() -> Any:
         yield str(dtype), layer_norm.launch_backward_weight, (x, x, number, number, dtype)
 
 
-def rms_norm_cases() -> Any:
+def rms_norm_cases() -> Iterator[Case]:
     """(name, function, arguments) in registers and in a loop, of the kernels that layer norm has too."""
     for width in (1024, WHOLE_ROW, WHOLE_ROW + 1000):
         x = empty(64, width, dtype=torch.bfloat16)
@@ -111,7 +70,7 @@ def rms_norm_cases() -> Any:
     yield "rms norm", rms_norm.launch_backward_weight, (x, x, number, torch.float32)
 
 
-def add_norm_cases() -> Any:
+def add_norm_cases(every: bool) -> Iterator[Case]:
     """bfloat16 dropped and added to a float32 stream takes most registers; whole rows and a loop."""
     position = empty(2, dtype=torch.int64)
     half, single = torch.bfloat16, torch.float32
@@ -119,11 +78,11 @@ def add_norm_cases() -> Any:
         (half, single, 1024, True, True),
         (half, single, add_norm_backward.WHOLE_ROW, True, True),
         (half, single, WHOLE_ROW + 1000, True, True),
-        *(((half, half, 1024, False, True), (half, half, WHOLE_ROW, True, False)) if ALL else ()),
-        *(((single, single, w, c, True) for w in (64, WHOLE_ROW) for c in (True, False)) if ALL else ()),
+        *(((half, half, 1024, False, True), (half, half, WHOLE_ROW, True, False)) if every else ()),
+        *(((single, single, w, c, True) for w in (64, WHOLE_ROW) for c in (True, False)) if every else ()),
     ):
         x, residual, dy = (empty(64, width, dtype=t) for t in (dtype, stream, dtype))
-        if ALL:  # as a layer has them that puts its samples in dimension 1
+        if every:  # as a layer has them that puts its samples in dimension 1
             x = x.view(8, 8, width).transpose(0, 1)
             residual, dy = residual.view(8, 8, width), dy.view(8, 8, width).transpose(0, 1)
         vector, number = empty(width, dtype=stream), empty(*x.shape[:-1], dtype=single)
@@ -138,7 +97,7 @@ def add_norm_cases() -> Any:
             yield case, add_norm_gradient.launch_backward, given
 
 
-def loss_cases() -> Any:
+def loss_cases() -> Iterator[Case]:
     """Cross entropy in registers and in a loop, with and without smoothing; the losses of elements."""
     for dtype, kind, smoothing in ((torch.bfloat16, "mean", 0.0), (torch.float32, "none", 0.1)):
         for classes in (10, WHOLE_ROW, WHOLE_ROW + 1000):
@@ -155,7 +114,7 @@ def loss_cases() -> Any:
             yield case, pointwise_loss.launch_backward, (code, loss, x, x, kind)
 
 
-def linear_cases() -> Any:
+def linear_cases(every: bool) -> Iterator[Case]:
     """(name, function, arguments): the fullest epilogues of every tile of both kernels and of each precision,
     and the products of training."""
     half, whole = torch.bfloat16, torch.float32
@@ -169,7 +128,7 @@ def linear_cases() -> Any:
         (torch.float16, "gelu_erf", 4096, 1024, ()),
     ]
     for dtype, activation, rows, inner, ends in (
-        *(fewer if ALL else ()),
+        *(fewer if every else ()),
         (half, "gelu_erf", 4096, 1024, ("residual",)),
         (half, "gelu_erf", 4096, 1024, ("residual", "drop")),
         (half, "gelu_erf", 4096, 942, ("residual", "drop")),  # a descriptor has no such rows: a copy is made
@@ -200,7 +159,7 @@ def linear_cases() -> Any:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
-def sum_cases() -> Any:
+def sum_cases() -> Iterator[Case]:
     """Most parts of one launch; a float32 sum of bfloat16 parts."""
     half, single = torch.bfloat16, torch.float32
     for parts, dtype in (([single] * 8, single), ([half] * 8, half), ([single, half], single)):
@@ -208,7 +167,7 @@ def sum_cases() -> Any:
         yield f"sum of {len(parts)} {parts[-1]} to {dtype}", gradient_sum.launch_sum, (tensors, dtype)
 
 
-def join_cases() -> Any:
+def join_cases() -> Iterator[Case]:
     """The seven towers of CANDLE-Uno at once, more parts than a launch takes, widths that descriptors cannot
     describe, large tiles and small ones."""
     for dtype, activation, rows, width, parts in (
@@ -221,7 +180,7 @@ def join_cases() -> Any:
         xs = [empty(rows, width, dtype=dtype)] * parts
         weight, bias = empty(4096, width * parts, dtype=dtype), empty(4096, dtype=dtype)
         case = f"join {dtype} {activation} {parts} parts of {rows} x {width}"
-        smooth = activation in linear.NEEDS_PREACTIVATION
+        smooth = activation in NEEDS_PREACTIVATION
         forward = join_linear.launch_forward_keeping if smooth else join_linear.launch_forward
         yield case, forward, (xs, weight, bias, activation)
         if activation == "relu" and width == 4096:
@@ -230,14 +189,15 @@ def join_cases() -> Any:
             yield case, join_gradient.launch_accumulate_weight, (total, dz, xs)
 
 
-def dropout_cases() -> Any:
+def dropout_cases() -> Iterator[Case]:
+    """In both widths of elements."""
     for dtype in (torch.bfloat16, torch.float32):
         position = empty(2, dtype=torch.int64)
         x = empty(64, 1000, dtype=dtype)
         yield f"{dtype}", dropout.launch_forward, (x, position, 1 << 62, 1000, 0.1)
 
 
-def embedding_bag_cases() -> Any:
+def embedding_bag_cases() -> Iterator[Case]:
     """The paper's seven tables, ragged bags of one table, and the three forms of the gradient."""
     for dtype, tables, width, mode, ragged in (
         (torch.bfloat16, 7, 64, "sum", False),
@@ -258,7 +218,7 @@ def embedding_bag_cases() -> Any:
             yield f"{case} add", embedding_bag_gradient.launch_accumulate, (sums, dy, *bags, mode, False)
 
 
-def interaction_cases() -> Any:
+def interaction_cases() -> Iterator[Case]:
     """The smallest tile, the one of 27 features and the largest, which is also that of more features."""
     for dtype, features, width in (
         (torch.bfloat16, 9, 64),
@@ -275,11 +235,11 @@ def interaction_cases() -> Any:
         yield case, interaction.launch_backward, (dy, x, 1)
 
 
-def attention_cases() -> Any:
-    """Half precision with the largest heads, and float32; with ALL every head size, mask and option."""
+def attention_cases(every: bool) -> Iterator[Case]:
+    """Half precision with the largest heads, and float32; with every every head size, mask and option."""
     bfloat, wide = torch.bfloat16, torch.float32
     cases = [(bfloat, 128, True, 0.1, "none"), (wide, 64, False, 0.1, "padding")]
-    if ALL:
+    if every:
         masks = ("none", "padding", "of queries", "added")
         cases += list(itertools.product((bfloat,), (128, 64, 32), (False,), (0.0, 0.1), masks))
         cases += list(itertools.product((bfloat,), (128, 64, 32), (True,), (0.0, 0.1), masks[:2]))
@@ -303,39 +263,23 @@ def attention_cases() -> Any:
         yield case, attention_gradient.launch_key_value, arguments
 
 
-def main(architecture: int) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-    assert not launch.INTERPRETED, "compile in a process where TRITON_INTERPRET is not set"
-    triton.runtime.driver.set_active(NoDevice(architecture))
-    case = ""
-
-    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
-        registers, stack = usage(compiled.asm["cubin"])
-        row = {"kernel": kernel.__name__, "case": case, "registers": registers, "stack": stack}
-        row |= {"shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
-        print(json.dumps(row), flush=True)
-
-    own = launch.launch
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith("kernels.") and getattr(module, "launch", None) is own:
-            module.launch = compile_only  # type: ignore[attr-defined]
-    everything = chain(
+def cases(every: bool) -> Iterator[Case]:
+    """All of them, one after the other: the last change how torch makes products."""
+    return chain(
         layer_norm_cases(),
         rms_norm_cases(),
-        add_norm_cases(),
+        add_norm_cases(every),
         loss_cases(),
         dropout_cases(),
         sum_cases(),
         embedding_bag_cases(),
         interaction_cases(),
-        attention_cases(),
+        attention_cases(every),
         join_cases(),
-        linear_cases(),
-    )  # one after the other: the last cases change how torch makes products
-    for case, function, arguments in everything:  # noqa: B007
-        function(*arguments)
+        linear_cases(every),
+    )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for variant in compiled(cases("all" in sys.argv[2:]), int(sys.argv[1])):
+        print(json.dumps(asdict(variant)), flush=True)
