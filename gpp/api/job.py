@@ -137,11 +137,22 @@ def state_of(
     )
 
 
-def names_in_stages(job: Job) -> set[str]:
-    """Parameters and buffers that some stage has."""
-    found: set[str] = set()
+def holders_of(job: Job) -> dict[str, tuple[int, ...]]:
+    """The ranks that hold each parameter and buffer of the stages."""
+    found: dict[str, dict[int, None]] = {}
     for mode in (job.captured.traced.train, job.captured.traced.evaluate):
         for stage in job.plan.stage_graph.stages:
             face = interface(mode, stage.operators)
-            found |= {*face.parameters, *face.buffers}
+            for name in (*face.parameters, *face.buffers):
+                found.setdefault(name, {}).update(dict.fromkeys(stage.devices))
+    return {name: tuple(ranks) for name, ranks in found.items()}
+
+
+def sizes_of(job: Job) -> dict[str, int]:
+    """Bytes of each parameter and buffer."""
+    found = {}
+    for mode in (job.captured.traced.train, job.captured.traced.evaluate):
+        for node, name in {**mode.parameters, **mode.buffers}.items():
+            value = mode.nodes[node].meta["val"]
+            found[name] = value.numel() * value.element_size()
     return found

@@ -7,8 +7,9 @@ rank; without MPI the ranks are threads of the one process, and what is said of 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ from gpp.schedule.task import Schedule
 from gpp.trace import Trace
 
 from .batches import Batch, Checked, key_specs, misfit, samples_of
+from .checkpoints import Checkpoints, Saving, Subject, load
 from .crew import Crew, RefusedError
-from .job import Job, Training, Values, evaluation_schedule, names_in_stages, programs_of, state_of
+from .job import Job, Training, Values, evaluation_schedule, holders_of, programs_of, state_of
 
 T = TypeVar("T")
 
@@ -50,7 +52,8 @@ class Pipeline:
     """See the module; `gpp.api.start.pipeline` makes one.
 
     `values` gives initial weights. `names` are the keys of the module's state_dict with the names that
-    parameters and buffers go by: of tied ones the first.
+    parameters and buffers go by: of tied ones the first. `seed` is that of the data and of random numbers,
+    kept in checkpoints.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Pipeline:
         hooks: Hooks | None = None,
         staging: Staging | None = None,
         make_sum: MakeSum | None = None,
+        seed: int = 0,
     ) -> None:
         self.job = job
         self.steps = 0
@@ -74,6 +78,8 @@ class Pipeline:
         self._specs = key_specs(job.captured)
         self._names = {} if names is None else names
         self._closed = False
+        self._seed, self._ema = seed, training.ema
+        self._saving: Saving | None = None
         schedules = (job.lowered.train, *job.lowered.evaluate.values())
         programs = crew.together(lambda: {rank: self._programs(rank, schedules) for rank in crew.mine})
         self._base = start_of_peak()
@@ -86,7 +92,7 @@ class Pipeline:
             return found
 
         states = crew.together(lambda: {rank: state(rank) for rank in crew.mine})
-        outside = sorted({*self._names.values()} - names_in_stages(job)) if self._names else []
+        outside = sorted({*self._names.values()} - holders_of(job).keys()) if self._names else []
         self._outside = values(outside) if outside and crew.is_first else {}
         self._sizes = set(job.lowered.evaluate)
 
@@ -185,10 +191,14 @@ class Pipeline:
         on_step: Callable[[StepRecord], None] = lambda _: None,
         *,
         prefetch: int = 2,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         """So many more training steps on the batches of a data set, of which each rank reads its own rows and
-        keys, `prefetch` steps ahead. `on_step` is called on rank 0. Raises RefusedError for batches of
-        another size than the plan's."""
+        keys, `prefetch` steps ahead. `on_step` is called on rank 0. With `checkpoints` they are written in
+        the background, after the last step too; on return that one is on disk.
+
+        Raises RefusedError for batches of another size than the plan's, CheckpointError if one cannot be
+        written."""
         if batches.mini_batch != self.plan.mini_batch:
             raise RefusedError(
                 f"a step takes {self.plan.mini_batch} samples, the batches have {batches.mini_batch}: make "
@@ -196,7 +206,23 @@ class Pipeline:
             )
         checked = Checked(dataset, self._specs)
         start, stop = self.steps, self.steps + steps
-        self._run(lambda trainer: trainer.fit(checked, batches, start, stop, on_step, prefetch=prefetch))
+        saving = self._saver(checkpoints) if checkpoints is not None else None
+
+        def work(trainer: Trainer) -> None:
+            def fit(**options: Any) -> None:
+                trainer.fit(checked, batches, start, stop, on_step, prefetch=prefetch, **options)
+
+            if saving is None:
+                fit()
+                return
+            try:
+                fit(between=saving.between(trainer.comm.rank, stop))
+                saving.finish(trainer.comm.rank)
+            except BaseException:
+                saving.give_up()  # threads of this process must not wait for this rank's part
+                raise
+
+        self._run(work)
         self.steps = stop
 
     def evaluate_dataset(self, dataset: Dataset, *, averaged: bool = False) -> dict[str, float]:
@@ -214,6 +240,23 @@ class Pipeline:
             return {}
         found |= self._outside
         return {key: found[name] for key, name in self._names.items()} if self._names else found
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint of the steps made so far; on return it is on disk. Called by all ranks. Raises
+        CheckpointError on a rank that fails, and RefusedError with its words on the others."""
+        self._saver(checkpoints).save(self.steps)
+
+    def load(self, path: Path) -> list[str]:
+        """Go on from a checkpoint, or from the newest whole one of a folder, whatever the plan that wrote it:
+        weights, averages, optimizer, scheduler and the number of steps are its. Called by all ranks. Returns
+        what is wrong with newer ones that were passed over.
+
+        Raises CheckpointError where there is none, it is damaged, or it does not fit; RefusedError with the
+        same words on other ranks.
+        """
+        kept, self._outside, wrong = load(path, self._subject(), self._crew, self._states())
+        self.steps = kept.manifest.step
+        return wrong
 
     def trace(self) -> Trace:
         """Who did what when in the last steps, complete on rank 0; comparable with `gpp.simulate`'s."""
@@ -259,6 +302,19 @@ class Pipeline:
     def _programs(self, rank: int, schedules: Sequence[Schedule]) -> list[StageProgram]:
         with explained(self.plan, rank):
             return programs_of(self.job, rank, schedules, self._device, self._hooks)
+
+    def _subject(self) -> Subject:
+        return Subject(self.job, self._names, self._outside, self._seed, self._ema)
+
+    def _states(self) -> dict[int, StageState | None]:
+        found = {rank: trainer.state for rank, trainer in self._trainers.items()}
+        return {rank: state if isinstance(state, StageState) else None for rank, state in found.items()}
+
+    def _saver(self, checkpoints: Checkpoints) -> Saving:
+        """The writers into a folder: the same as long as it is asked for in the same way."""
+        if self._saving is None or self._saving.checkpoints != checkpoints:
+            self._saving = Saving(checkpoints, self._subject(), self._crew, self._states())
+        return self._saving
 
     def _run(self, work: Callable[[Trainer], T]) -> list[T]:
         """`work` for each rank of this process, by rank."""

@@ -169,6 +169,7 @@ def pipeline(
         names=state_names(begun.model),
         hooks=hooks,
         staging=staging,
+        seed=seed,
     )
 
 

@@ -131,9 +131,11 @@ class Trainer:
         *,
         trace: bool = True,
         prefetch: int = 2,
+        between: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Train steps [start, stop); `on_step` is called on rank 0 after each. The last TRACED_STEPS steps
-        are recorded if `trace`. Data are read up to `prefetch` steps ahead."""
+        are recorded if `trace`. Data are read up to `prefetch` steps ahead. `between` is called on every rank
+        when a step is over, with the number of steps made so far."""
         if start >= stop:
             return
         runner = self._train
@@ -154,6 +156,7 @@ class Trainer:
                     on_step(self._record(step, terms, seconds))
                 if self.state is not None:
                     self.state.advance()
+                between(step + 1)
         runner.close()
         self._spans = runner.executor.spans
 

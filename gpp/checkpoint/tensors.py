@@ -1,0 +1,99 @@
+"""Files of a checkpoint: named tensors in the safetensors format, with their size and checksum."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CHUNK = 1 << 24  # bytes read at a time
+_COMPLEX = "complex128"  # a type that the format lacks: kept as pairs of float64, named in the metadata
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is damaged, does not fit, or cannot be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a file must be: its size and the CRC-32 of its bytes."""
+
+    bytes: int
+    crc32: int
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write host tensors by name and force them to disk. Raises CheckpointError naming file and reason."""
+    pairs = [name for name, t in tensors.items() if t.dtype == torch.complex128]
+    plain = {n: torch.view_as_real(t) if t.dtype == torch.complex128 else t for n, t in tensors.items()}
+    metadata = {"format": "pt", **({_COMPLEX: json.dumps(pairs)} if pairs else {})}
+    try:
+        save_file({name: t.contiguous() for name, t in plain.items()}, path, metadata)
+        _sync(path)
+        return _record(path)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    """Write a small file, whole or not at all under its name, and force it to disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.rename(path)
+        return _record(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def read_tensors(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Some tensors of a file, or all. Raises CheckpointError naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            pairs = json.loads((file.metadata() or {}).get(_COMPLEX, "[]"))
+            found = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+        return {n: torch.view_as_complex(t) if n in pairs else t for n, t in found.items()}
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def check_file(path: Path, record: FileRecord) -> None:
+    """Raise CheckpointError if the file is not the one that was written."""
+    try:
+        found = _record(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if found.bytes != record.bytes:
+        raise CheckpointError(f"{path} is damaged: it has {found.bytes} bytes, {record.bytes} were written")
+    if found.crc32 != record.crc32:
+        raise CheckpointError(f"{path} is damaged: its bytes are not those that were written (CRC-32)")
+
+
+def sync_folder(folder: Path) -> None:
+    """Force to disk which files a folder has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _record(path: Path) -> FileRecord:
+    size = checksum = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            size += len(chunk)
+            checksum = zlib.crc32(chunk, checksum)
+    return FileRecord(size, checksum)

@@ -1,0 +1,177 @@
+"""A rank's state to and from a checkpoint.
+
+The optimizer's state follows its parameter, whichever rank updates it next. Its options (learning rate,
+weight decay) and what the scheduler makes of them come from the configuration of the run that goes on: the
+scheduler is stepped as often as it was.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpp.checkpoint.folder import Kept
+from gpp.checkpoint.manifest import OptimizerEntry, Option
+from gpp.checkpoint.owners import Owners
+from gpp.checkpoint.reader import optimizer, weights
+from gpp.checkpoint.tensors import CheckpointError
+from gpp.checkpoint.writer import Contents
+
+from .state import StageState
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who writes what: `owners` of parameters and buffers by full name; `keys` of the module's state_dict
+    with the name behind each; values of `outside`, which are in no stage, are rank 0's to write."""
+
+    owners: Owners
+    keys: Mapping[str, str]
+    outside: Mapping[str, Tensor]
+
+
+def contents(
+    state: StageState | None, shares: Shares, rank: int, texts: Mapping[str, str] | None = None
+) -> Contents:
+    """What a rank writes, copied to the host: training may go on."""
+    own = set(shares.owners.names_of(rank))
+    held = {} if state is None else {**state.parameters, **state.buffers}
+    files: dict[str, dict[str, Tensor]] = {}
+
+    def into(kind: str, tensors: dict[str, Tensor]) -> str:
+        """The file of that name gets the tensors, if there are any."""
+        name = shares.owners.file(kind, rank)
+        if tensors:
+            files[name] = tensors
+        return name
+
+    saved = {key: _copy(held[name]) for key, name in shares.keys.items() if name in own and name in held}
+    if rank == 0:
+        saved |= {k: _copy(shares.outside[n]) for k, n in shares.keys.items() if n in shares.outside}
+    weight_file = into("model", saved)
+    averages = {} if state is None else {n: _copy(v) for n, v in state.averages.items() if n in own}
+    average_file = into("averages", averages)
+    tensors, entries = ({}, {}) if state is None else _optimizer(state, own, rank, shares.owners)
+    into("optimizer", tensors)
+    return Contents(
+        files,
+        dict.fromkeys(saved, weight_file),
+        dict.fromkeys(averages, average_file),
+        entries,
+        None if state is None else _class(state.optimizer),
+        texts or {},
+    )
+
+
+def _optimizer(
+    state: StageState, own: set[str], rank: int, owners: Owners
+) -> tuple[dict[str, Tensor], dict[str, OptimizerEntry]]:
+    """The state of the parameters that this rank updates and, of those that others update too, writes."""
+    sharded = state.sharding.owner if state.sharding is not None else {}
+    names = {id(parameter): name for name, parameter in state.parameters.items()}
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, OptimizerEntry] = {}
+    for group in state.optimizer.param_groups:
+        options = {key: _option(key, value) for key, value in group.items() if key != "params"}
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            found = state.optimizer.state.get(parameter)
+            if name is None or not found or (name not in own and sharded.get(name) != rank):
+                continue
+            kept = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+            tensors |= {f"{name}/{key}": _copy(value) for key, value in kept.items()}
+            values = {key: _option(key, value) for key, value in found.items() if key not in kept}
+            entries[name] = OptimizerEntry(owners.file("optimizer", rank), tuple(kept), values, options)
+    return tensors, entries
+
+
+def restore(state: StageState, kept: Kept, keys: Mapping[str, str], *, steps: int) -> None:
+    """Give a rank's stages what the checkpoint has of them, after `steps` steps. `keys`: see `Shares`.
+
+    Raises CheckpointError for a name that is not there, another shape, and another optimizer's state.
+    """
+    key_of = {name: key for key, name in reversed(list(keys.items()))}
+    held = {name: value for name, value in {**state.parameters, **state.buffers}.items() if name in key_of}
+    found = weights(kept, (key_of[name] for name in held))
+    with torch.no_grad():
+        for name, value in held.items():
+            _write(kept, name, value.detach(), found[key_of[name]])
+        if state.averages and kept.manifest.part.averages:
+            for name, value in weights(kept, state.averages, averaged=True).items():
+                _write(kept, name, state.averages[name], value)
+        elif state.averages:
+            for name, value in state.averages.items():
+                value.copy_(state.parameters[name].detach())
+    state.renew_casts()
+    _restore_scheduler(state, steps)
+    _restore_optimizer(state, kept)
+
+
+def _restore_scheduler(state: StageState, steps: int) -> None:
+    if state.scheduler is not None and steps:
+        state.optimizer.step()  # without gradients: a scheduler warns if there was no step before its own
+        for _ in range(steps):
+            state.advance()
+
+
+def _restore_optimizer(state: StageState, kept: Kept) -> None:
+    made, here = kept.manifest.part.optimizer_class, _class(state.optimizer)
+    if made is not None and made != here:
+        raise CheckpointError(
+            f"{kept.path} was made with the optimizer {made}, this run has {here}: use the same, or take the "
+            "weights alone by train.init_from"
+        )
+    names = {id(parameter): name for name, parameter in state.parameters.items()}
+    packed = state.optimizer.state_dict()
+    order: list[str | None] = [
+        names.get(id(parameter)) for group in state.optimizer.param_groups for parameter in group["params"]
+    ]
+    places = [index for group in packed["param_groups"] for index in group["params"]]
+    found = optimizer(kept, [name for name in order if name is not None])
+    for name, (tensors, _) in found.items():
+        for key, value in tensors.items():
+            parameter = state.parameters[name]
+            if value.dim() == parameter.dim() and value.shape != parameter.shape:
+                raise _misfit(kept, f"{name}/{key}", value.shape, parameter.shape)
+    packed["state"] = {
+        place: {**found[name][0], **found[name][1].values}
+        for place, name in zip(places, order, strict=True)
+        if name is not None and name in found
+    }
+    state.optimizer.load_state_dict(packed)
+
+
+def _write(kept: Kept, name: str, target: Tensor, value: Tensor) -> None:
+    if target.shape != value.shape:
+        raise _misfit(kept, name, value.shape, target.shape)
+    target.copy_(value)
+
+
+def _misfit(kept: Kept, name: str, there: Sequence[int], here: Sequence[int]) -> CheckpointError:
+    return CheckpointError(
+        f"{kept.path} is of another model: its {name} has shape {tuple(there)}, the model's {tuple(here)}"
+    )
+
+
+def _copy(value: Tensor) -> Tensor:
+    """On the host, shared with nobody."""
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _class(made: torch.optim.Optimizer) -> str:
+    return f"{type(made).__module__}.{type(made).__qualname__}"
+
+
+def _option(key: str, value: object) -> Option:
+    """An option or number of an optimizer as JSON has it."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, tuple | list):
+        return [_option(key, item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(
+        f"the optimizer keeps {key}, a {type(value).__name__}: only tensors, numbers and texts can be kept "
+        "in a checkpoint"
+    )
