@@ -33,6 +33,7 @@ from .batches import Batch, Checked, key_specs, misfit, samples_of
 from .checkpoints import Checkpoints, Saving, Subject, load
 from .crew import Crew, RefusedError
 from .job import Job, Training, Values, evaluation_schedule, holders_of, programs_of, state_of
+from .optimizer import optimizer_factor
 
 T = TypeVar("T")
 
@@ -78,7 +79,7 @@ class Pipeline:
         self._specs = key_specs(job.captured)
         self._names = {} if names is None else names
         self._closed = False
-        self._seed, self._ema = seed, training.ema
+        self._seed, self._training = seed, training
         self._saving: Saving | None = None
         schedules = (job.lowered.train, *job.lowered.evaluate.values())
         programs = crew.together(lambda: {rank: self._programs(rank, schedules) for rank in crew.mine})
@@ -206,7 +207,7 @@ class Pipeline:
             )
         checked = Checked(dataset, self._specs)
         start, stop = self.steps, self.steps + steps
-        saving = self._saver(checkpoints) if checkpoints is not None else None
+        saving = self._saver(checkpoints) if checkpoints is not None and steps else None
 
         def work(trainer: Trainer) -> None:
             def fit(**options: Any) -> None:
@@ -242,8 +243,10 @@ class Pipeline:
         return {key: found[name] for key, name in self._names.items()} if self._names else found
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Write a checkpoint of the steps made so far; on return it is on disk. Called by all ranks. Raises
-        CheckpointError on a rank that fails, and RefusedError with its words on the others."""
+        """Write a checkpoint of the steps made so far; on return it is on disk. Called by all ranks.
+
+        Raises CheckpointError on a rank that fails, and RefusedError with its words on the others; a folder
+        that has a checkpoint of a later step is refused too."""
         self._saver(checkpoints).save(self.steps)
 
     def load(self, path: Path) -> list[str]:
@@ -255,6 +258,7 @@ class Pipeline:
         same words on other ranks.
         """
         kept, self._outside, wrong = load(path, self._subject(), self._crew, self._states())
+        self._saving = None  # it has the values from outside of all stages
         self.steps = kept.manifest.step
         return wrong
 
@@ -304,16 +308,19 @@ class Pipeline:
             return programs_of(self.job, rank, schedules, self._device, self._hooks)
 
     def _subject(self) -> Subject:
-        return Subject(self.job, self._names, self._outside, self._seed, self._ema)
+        keys = self._names or {name: name for name in holders_of(self.job)}
+        factor = optimizer_factor(self._training.make_optimizer)
+        return Subject(self.job, keys, self._outside, self._seed, self._training.ema, factor)
 
     def _states(self) -> dict[int, StageState | None]:
         found = {rank: trainer.state for rank, trainer in self._trainers.items()}
         return {rank: state if isinstance(state, StageState) else None for rank, state in found.items()}
 
     def _saver(self, checkpoints: Checkpoints) -> Saving:
-        """The writers into a folder: the same as long as it is asked for in the same way."""
+        """The writers into a folder, ready: the same as long as it is asked for in the same way."""
         if self._saving is None or self._saving.checkpoints != checkpoints:
             self._saving = Saving(checkpoints, self._subject(), self._crew, self._states())
+        self._saving.begin(self.steps)
         return self._saving
 
     def _run(self, work: Callable[[Trainer], T]) -> list[T]:

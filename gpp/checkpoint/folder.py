@@ -3,6 +3,7 @@
 step-00000100/          a checkpoint: it has its name only when all of it is on disk
 step-00000200.part/     one being written, or what a crash left of it
 step-00000100.replaced/ one whose name a newer one of the same step is just taking
+.seen-1a2b              by which the other ranks tell that they see the folder
 """
 
 import os
@@ -11,10 +12,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpp.plan_table import readable_bytes
+
 from .manifest import MANIFEST, Manifest, manifest_from_json
 from .tensors import CheckpointError, sync_folder
 
 _NAME = re.compile(r"step-(\d{8,18})(\.part|\.replaced)?")
+_MARK = ".seen-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,18 @@ def part_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.part"
 
 
+def mark_of(folder: Path, token: str) -> Path:
+    """A file by which other ranks tell that they see the folder."""
+    return folder / f"{_MARK}{token}"
+
+
 def opened(path: Path) -> Kept:
     """A checkpoint by its path. Raises CheckpointError where it is none, or a file is missing or cut short;
     the bytes of its files are not looked at."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}: it must be a folder with a {MANIFEST}")
     where = path / MANIFEST
     try:
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint {path}: it must be a folder with a {MANIFEST}")
         text = where.read_text()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
@@ -53,7 +62,8 @@ def opened(path: Path) -> Kept:
 
 
 def newest(folder: Path) -> tuple[Kept | None, list[str]]:
-    """The newest checkpoint of a folder that can be opened, and what is wrong with newer ones."""
+    """The newest checkpoint of a folder that can be opened, and what is wrong with newer ones. Raises
+    CheckpointError for a folder that cannot be read."""
     wrong: list[str] = []
     for path in _paths(folder, (None, ".replaced")):
         try:
@@ -78,33 +88,84 @@ def commit(folder: Path, step: int) -> Path:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints. One that is being removed has lost its name first."""
-    for path in _paths(folder, (None,))[keep:]:
-        doomed = path.with_name(f"{path.name}.part")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    """Remove what is older than the newest `keep` whole checkpoints. One that is being removed has lost its
+    name first."""
+    whole = 0
+    for path in _paths(folder, (None,)):
+        if whole >= keep:
+            doomed = path.with_name(f"{path.name}.part")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        whole += _is_whole(path)
 
 
-def clear(folder: Path) -> None:
-    """Make the folder and remove what a crash left; not while somebody writes there."""
+def settle(folder: Path) -> None:
+    """Make the folder and put in order what a crash left there; not while somebody writes there.
+
+    Raises CheckpointError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in _paths(folder, (".part",)):
-            shutil.rmtree(path)
-        if not os.access(folder, os.W_OK):
+        for old in _paths(folder, (".replaced",)):
+            final = old.with_suffix("")
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(final)
+        for left in _paths(folder, (".part",)):
+            shutil.rmtree(left)
+        for mark in folder.glob(f"{_MARK}*"):
+            mark.unlink(missing_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "no permission to write there")
+        sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(f"checkpoints cannot be kept in {folder}: {error.strerror or error}") from error
 
 
+def check_place(folder: Path, step: int) -> None:
+    """Raise CheckpointError if the folder has a whole checkpoint of a later step: of what is written from
+    `step` on it would be taken for the newest, and what is new dropped."""
+    kept, _ = newest(folder)
+    if kept is not None and kept.manifest.step > step:
+        raise CheckpointError(
+            f"{folder} has a checkpoint of step {kept.manifest.step}, and this run is at step {step}: go on "
+            "from that one (train.resume=auto), keep this run's checkpoints in another folder, or remove it"
+        )
+
+
+def check_space(folder: Path, size: float, keep: int) -> None:
+    """Raise CheckpointError if the disk has no room for `keep` checkpoints of `size` bytes and the one that
+    is being written, beside those already there."""
+    there = sum(_is_whole(path) for path in _paths(folder, (None,)))
+    count = max(1, keep + 1 - there)
+    free = shutil.disk_usage(folder).free
+    if free < count * size:
+        raise CheckpointError(
+            f"{folder} has {readable_bytes(free)} of free disk space, checkpoints need "
+            f"{readable_bytes(count * size)}: {count} of about {readable_bytes(size)} each (the newest "
+            f"{keep} stay while another is written). Make room, keep fewer, or keep them in another folder"
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        opened(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _paths(folder: Path, suffixes: tuple[str | None, ...]) -> list[Path]:
     """The newest first; of the same step the one with its own name first."""
-    if not folder.is_dir():
-        return []
     found = []
-    for path in folder.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match is not None and match[2] in suffixes:
-            found.append((int(match[1]), match[2] is None, path))
+    try:
+        if not folder.is_dir():
+            return []
+        for path in folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match is not None and match[2] in suffixes:
+                found.append((int(match[1]), match[2] is None, path))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     return [path for _, _, path in sorted(found, reverse=True)]

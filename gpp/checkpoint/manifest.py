@@ -1,6 +1,8 @@
 """What a checkpoint holds: the record that is written last, and the parts that its ranks contribute."""
 
 import json
+import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +13,9 @@ from .tensors import CheckpointError, FileRecord
 FORMAT, VERSION = "gpp-checkpoint", 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"  # Hugging Face's, of the weights
+CHECKSUM = "crc32"  # in a manifest: of its other content, however it is laid out
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Option = bool | int | float | str | None | list[Any]
 
@@ -27,7 +32,7 @@ class OptimizerEntry:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank has written. `weights` go by the keys of the module's state_dict, `averages` and
+    """What one rank has written. `weights` and `averages` go by the keys of the module's state_dict,
     `optimizer` by the parameters' names; a rank without stages has no optimizer."""
 
     files: Mapping[str, FileRecord]
@@ -82,7 +87,8 @@ def part_from_json(text: str, where: Path) -> Part:
 
 def manifest_to_json(manifest: Manifest) -> str:
     """JSON for people too."""
-    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
+    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    return json.dumps({**content, CHECKSUM: _checksum(content)}, indent=1)
 
 
 def manifest_from_json(text: str, where: Path) -> Manifest:
@@ -95,6 +101,9 @@ def manifest_from_json(text: str, where: Path) -> Manifest:
         )
     if version != VERSION:
         raise CheckpointError(f"{where} has version {version}, this program reads version {VERSION}")
+    content = {key: value for key, value in place.value.items() if key != CHECKSUM}
+    if place.whole(CHECKSUM) != _checksum(content):
+        raise CheckpointError(f"{where} is damaged: it does not say what was written (CRC-32)")
     return Manifest(
         place.whole("step"),
         place.whole("mini_batch", 1),
@@ -102,6 +111,15 @@ def manifest_from_json(text: str, where: Path) -> Manifest:
         place.number("ema"),
         _part(place.inside("part")),
     )
+
+
+def check_name(name: str, where: object) -> None:
+    """Raise CheckpointError for what cannot be the name of a file of a checkpoint."""
+    if not _FILE_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{where} names the file {_short(name)}: files of a checkpoint lie in its folder, and their "
+            "names have letters, digits, '.', '_' and '-'"
+        )
 
 
 def index_to_json(part: Part, total: int) -> str:
@@ -115,8 +133,7 @@ def _part(place: "_Place") -> Part:
     files = place.inside("files")
     records = {}
     for name in files.names():
-        if "/" in name or name in ("", ".", ".."):
-            raise CheckpointError(f"{files.where} names {name!r}: a file of a checkpoint lies in its folder")
+        check_name(name, files.where)
         record = files.inside(name)
         records[name] = FileRecord(record.whole("bytes"), record.whole("crc32"))
     entries = place.inside("optimizer")
@@ -142,6 +159,10 @@ def _parsed(text: str, where: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: it is no JSON ({error})") from error
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +206,10 @@ class _Place:
             raise CheckpointError(
                 f"{place.where} is damaged: it must be a number, it is {_short(place.value)}"
             )
-        return None if place.value is None else float(place.value)
+        try:
+            return None if place.value is None else float(place.value)
+        except OverflowError:
+            raise CheckpointError(f"{place.where} is damaged: it is too large a number") from None
 
     def string(self, key: str) -> str:
         place = self.inside(key)
@@ -213,5 +237,7 @@ class _Place:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."

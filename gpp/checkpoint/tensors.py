@@ -37,7 +37,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         save_file({name: t.contiguous() for name, t in plain.items()}, path, metadata)
         _sync(path)
         return _record(path)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
@@ -58,7 +58,9 @@ def read_tensors(path: Path, names: Sequence[str] | None = None) -> dict[str, Te
     try:
         with safe_open(path, framework="pt") as file:
             pairs = json.loads((file.metadata() or {}).get(_COMPLEX, "[]"))
-            found = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+            wanted = file.keys() if names is None else names
+            # memory of their own, not the file's pages: the file is removed one day
+            found = {name: file.get_tensor(name).clone() for name in wanted}
         return {n: torch.view_as_complex(t) if n in pairs else t for n, t in found.items()}
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -83,8 +83,15 @@ class CheckpointWriter:
         self.check()
 
     def give_up(self) -> None:
-        """Wait for no other rank any more: the job is ending."""
+        """Wait for no other rank any more: what was begun will not be whole."""
         self._given_up.set()
+
+    def begin_anew(self) -> None:
+        """After `give_up`: forget what was begun, once it has stopped."""
+        if self._thread is not None and self._given_up.is_set():
+            self._thread.join()
+            self._thread = self._error = None
+        self._given_up.clear()
 
     def _write(self, contents: Contents, manifest: Manifest) -> None:
         try:
@@ -98,8 +105,8 @@ class CheckpointWriter:
                 self._complete(part, own, manifest)
         except CheckpointError as error:
             self._error = error
-        except OSError as error:
-            self._error = CheckpointError(f"no checkpoint of step {manifest.step}: {error}")
+        except Exception as error:  # nobody sees what a thread raises
+            self._error = CheckpointError(f"no checkpoint of step {manifest.step} is written: {error!r}")
         finally:
             self._own_done.set()
 

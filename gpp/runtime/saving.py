@@ -50,7 +50,8 @@ def contents(
     if rank == 0:
         saved |= {k: _copy(shares.outside[n]) for k, n in shares.keys.items() if n in shares.outside}
     weight_file = into("model", saved)
-    averages = {} if state is None else {n: _copy(v) for n, v in state.averages.items() if n in own}
+    kept = {} if state is None else state.averages
+    averages = {key: _copy(kept[name]) for key, name in shares.keys.items() if name in own and name in kept}
     average_file = into("averages", averages)
     tensors, entries = ({}, {}) if state is None else _optimizer(state, own, rank, shares.owners)
     into("optimizer", tensors)
@@ -94,25 +95,16 @@ def restore(state: StageState, kept: Kept, keys: Mapping[str, str], *, steps: in
     key_of = {name: key for key, name in reversed(list(keys.items()))}
     held = {name: value for name, value in {**state.parameters, **state.buffers}.items() if name in key_of}
     found = weights(kept, (key_of[name] for name in held))
+    there = kept.manifest.part.averages
+    averages = weights(kept, (key_of[n] for n in state.averages if key_of[n] in there), averaged=True)
+    state.rewind(steps)
     with torch.no_grad():
         for name, value in held.items():
             _write(kept, name, value.detach(), found[key_of[name]])
-        if state.averages and kept.manifest.part.averages:
-            for name, value in weights(kept, state.averages, averaged=True).items():
-                _write(kept, name, state.averages[name], value)
-        elif state.averages:
-            for name, value in state.averages.items():
-                value.copy_(state.parameters[name].detach())
+        for name, value in state.averages.items():  # one that begins here begins with the weights
+            _write(kept, name, value, averages.get(key_of[name], state.parameters[name].detach()))
     state.renew_casts()
-    _restore_scheduler(state, steps)
     _restore_optimizer(state, kept)
-
-
-def _restore_scheduler(state: StageState, steps: int) -> None:
-    if state.scheduler is not None and steps:
-        state.optimizer.step()  # without gradients: a scheduler warns if there was no step before its own
-        for _ in range(steps):
-            state.advance()
 
 
 def _restore_optimizer(state: StageState, kept: Kept) -> None:
@@ -120,26 +112,47 @@ def _restore_optimizer(state: StageState, kept: Kept) -> None:
     if made is not None and made != here:
         raise CheckpointError(
             f"{kept.path} was made with the optimizer {made}, this run has {here}: use the same, or take the "
-            "weights alone by train.init_from"
+            "weights alone (launch.export and train.init_from)"
         )
     names = {id(parameter): name for name, parameter in state.parameters.items()}
     packed = state.optimizer.state_dict()
-    order: list[str | None] = [
-        names.get(id(parameter)) for group in state.optimizer.param_groups for parameter in group["params"]
+    order = [
+        (names.get(id(parameter)), parameter)
+        for group in state.optimizer.param_groups
+        for parameter in group["params"]
     ]
     places = [index for group in packed["param_groups"] for index in group["params"]]
-    found = optimizer(kept, [name for name in order if name is not None])
-    for name, (tensors, _) in found.items():
-        for key, value in tensors.items():
-            parameter = state.parameters[name]
-            if value.dim() == parameter.dim() and value.shape != parameter.shape:
-                raise _misfit(kept, f"{name}/{key}", value.shape, parameter.shape)
+    found = optimizer(kept, [name for name, _ in order if name is not None])
+    _check_optimizer(state, kept, found)
     packed["state"] = {
         place: {**found[name][0], **found[name][1].values}
-        for place, name in zip(places, order, strict=True)
+        for place, (name, _) in zip(places, order, strict=True)
         if name is not None and name in found
     }
     state.optimizer.load_state_dict(packed)
+    for name, parameter in order:  # torch casts what is kept in a type of its own to the parameter's
+        for key, value in found[name][0].items() if name is not None and name in found else ():
+            loaded = state.optimizer.state[parameter][key]
+            if loaded.dtype != value.dtype:
+                state.optimizer.state[parameter][key] = value.to(loaded.device)
+
+
+def _check_optimizer(
+    state: StageState, kept: Kept, found: Mapping[str, tuple[Mapping[str, Tensor], OptimizerEntry]]
+) -> None:
+    """Raise CheckpointError for the state of another shape, or of an optimizer that keeps less."""
+    wanted = state.kept_by_optimizer() if found else {}
+    for name, (tensors, entry) in found.items():
+        parameter = state.parameters[name]
+        for key, value in tensors.items():
+            if value.dim() == parameter.dim() and value.shape != parameter.shape and value.numel() > 1:
+                raise _misfit(kept, f"{name}/{key}", value.shape, parameter.shape)
+        lacking = wanted.get(name, set()) - tensors.keys() - entry.values.keys()
+        if lacking:
+            raise CheckpointError(
+                f"{kept.path} was made with other options of the optimizer: it has no {min(lacking)} of "
+                f"{name}. Use the same options, or take the weights alone (launch.export and train.init_from)"
+            )
 
 
 def _write(kept: Kept, name: str, target: Tensor, value: Tensor) -> None:

@@ -6,6 +6,7 @@ Gradients live in flat buffers, one for each group of ranks that sums them, so a
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +97,11 @@ class StageState:
         self.norm: float | None = None
         self.sharding = share_out(graph, programs, values) if rank >= 0 else None
         owner = self.sharding.owner if self.sharding is not None else {}
-        learning = [(name, self.parameters[name]) for name in self.trainable if owner.get(name, rank) == rank]
+        self.updated = tuple(name for name in self.trainable if owner.get(name, rank) == rank)
+        learning = [(name, self.parameters[name]) for name in self.updated]
         self.optimizer = make_optimizer(learning or [("", nn.Parameter(torch.zeros(1, 1)))])
+        self._begun = deepcopy(self.optimizer.state_dict())
+        self._makers = (make_optimizer, scheduler)
         self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
         self.ema = ema
         self.averages = {n: data[n].clone() for n in self.trainable} if ema is not None else {}
@@ -185,6 +189,35 @@ class StageState:
             if not self.trainable:  # no update has stepped it, and the scheduler would warn of that
                 self.optimizer.step()  # its one parameter has no gradient
             self.scheduler.step()
+
+    def rewind(self, steps: int) -> None:
+        """The optimizer as it was made, without any state, and the learning rates of step `steps`."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.optimizer.load_state_dict(deepcopy(self._begun))
+        make_scheduler = self._makers[1]
+        if make_scheduler is not None:
+            self.scheduler = make_scheduler(self.optimizer)
+            if steps:
+                self.optimizer.step()  # without gradients: a scheduler warns if none came before its own
+            for _ in range(steps):
+                self.scheduler.step()
+
+    def kept_by_optimizer(self) -> dict[str, set[str]]:
+        """What the optimizer keeps of each parameter once it has updated it, found by updating small ones of
+        the same names and numbers of dimensions."""
+        named = []
+        for name in self.updated:
+            like = self.parameters[name]
+            small = nn.Parameter(torch.zeros((2,) * like.dim(), dtype=like.dtype, device=like.device))
+            small.grad = torch.zeros_like(small)
+            named.append((name, small))
+        if not named:
+            return {}
+        optimizer = self._makers[0](named)
+        with torch.enable_grad():
+            optimizer.step()
+        return {name: set(optimizer.state.get(small, {})) for name, small in named}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
