@@ -24,7 +24,7 @@ from .guard import together
 from .job import asked, gather
 from .log import Log, announce_plan, counted
 from .plans import Request, make_plan, replay
-from .settings import choice, number, train_settings, whole
+from .settings import SettingsError, TrainSettings, choice, number, train_settings, whole
 from .start import own_overrides, run_folder
 from .transport import TRANSPORTS
 
@@ -67,6 +67,7 @@ def emulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
     folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
     wanted = together(comm, lambda: emulation(config))
+    settings = together(comm, lambda: _settings(config))
     request = asked(config, own_overrides(), comm, alone=alone)
 
     def make() -> tuple[str, float]:
@@ -79,7 +80,7 @@ def emulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     run_as = wanted.of(plan)
     together(comm, lambda: check(run_as, lower(run_as)))
     ranks = request.count if alone else comm.size
-    steps = train_settings(config).steps
+    steps = settings.steps
     if comm.rank == 0:
         announce_plan(config, plan, folder)
         print(f"nothing is trained: devices are emulated, {wanted}")
@@ -93,6 +94,17 @@ def emulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         work(mpi)
     else:
         run(LoopbackWorld(ranks), work, 1)
+
+
+def _settings(config: DictConfig) -> TrainSettings:
+    """The `train` group, in which nothing is kept."""
+    settings = train_settings(config)
+    if settings.checkpoint_every is not None or settings.resume is not None:
+        raise SettingsError(
+            "device=emulated trains nothing that a checkpoint could keep: leave out train.checkpoint_every "
+            "and train.resume"
+        )
+    return settings
 
 
 def _plan(config: DictConfig, request: Request) -> Plan:

@@ -221,6 +221,7 @@ def pipeline_of(
         hooks=hooks(config, material.device, report),
         staging=staging,
         make_sum=make_sum,
+        seed=settings.seed,
     )
 
 

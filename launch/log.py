@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """What rank 0 prints and writes while it runs; on other ranks nothing. `trains`: steps have a loss."""
+    """What rank 0 prints and writes while it runs; on other ranks nothing. `trains`: steps have a loss.
+
+    `begin` is the first step, of a run that goes on: the lines of earlier ones stay in metrics.jsonl."""
 
     def __init__(
         self,
@@ -34,11 +36,21 @@ class Log:
         active: bool,
         says_rate: bool = False,
         trains: bool = True,
+        begin: int = 0,
     ) -> None:
         self.folder, self.steps, self.every = folder, steps, every
         self.says_rate, self.trains = says_rate, trains
-        self.file = (folder / "metrics.jsonl").open("w") if active else None
+        self.begin = begin
         self.last_loss: float | None = None
+        self.file: IO[str] | None = None
+        if active:
+            metrics = folder / "metrics.jsonl"
+            before = _lines_before(metrics, begin)
+            fresh = folder / "metrics.jsonl.part"  # killed here, the old lines are not lost
+            fresh.write_text("".join(before))
+            fresh.replace(metrics)
+            self.file = metrics.open("a")
+            self.last_loss = json.loads(before[-1]).get("loss") if before else None
 
     def __enter__(self) -> "Log":
         return self
@@ -88,17 +100,18 @@ class Log:
     ) -> None:
         """Hold the measured trace against the predicted one, and write both and the results."""
         prediction = predicted(plan)
-        if self.steps:
+        trained = self.steps > self.begin
+        if trained:
             print(compare(prediction.trace, trace))
-        measured_traces = [trace] if self.steps else []
+        measured_traces = [trace] if trained else []
         (self.folder / "trace.json").write_text(to_chrome(prediction.trace, *measured_traces))
         result = {
             "world_size": len(memory),
-            "steps": self.steps,
+            "steps": max(self.steps, self.begin),
             "final_loss": self.last_loss,
             **results,
             "predicted_step_seconds": prediction.step_seconds,
-            "measured_step_seconds": measured if self.steps else None,
+            "measured_step_seconds": measured if trained else None,
             "planner_seconds": planner_seconds,
             "peak_memory_bytes": list(memory),
         }
@@ -138,6 +151,19 @@ def counted(number: int, noun: str) -> str:
 def _json(value: Any, indent: int | None = None) -> str:
     """JSON, in which a number that is not finite (a diverged loss) is null: the format has no other way."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _lines_before(file: Path, step: int) -> list[str]:
+    """The lines of the steps before one; the last that a killed run has written may be half a line."""
+    found = []
+    for line in file.read_text().splitlines(keepends=True) if step and file.is_file() else ():
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(number, int) and number < step and line.endswith("\n"):
+            found.append(line)
+    return found
 
 
 def _finite(value: Any) -> Any:

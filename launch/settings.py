@@ -52,6 +52,10 @@ class TrainSettings:
     held_out: float
     log_every: int
     prefetch: int
+    checkpoint_every: int | None
+    checkpoint_keep: int
+    checkpoint_folder: str | None
+    resume: str | None
 
     @property
     def samples(self) -> int:
@@ -165,6 +169,10 @@ def train_settings(config: DictConfig) -> TrainSettings:
         held_out=share,
         log_every=whole(config, "train.log_every", 1),
         prefetch=whole(config, "train.prefetch", 1),
+        checkpoint_every=_optional_whole(config, "train.checkpoint_every", 1),
+        checkpoint_keep=whole(config, "train.checkpoint_keep", 1),
+        checkpoint_folder=_optional_path(config, "train.checkpoint_folder", "a folder"),
+        resume=_optional_path(config, "train.resume", "auto or a checkpoint's path"),
     )
     if found.accumulate > 1 and found.micro_batch != "auto" and found.samples % found.micro_batch:
         raise SettingsError(
@@ -172,6 +180,17 @@ def train_settings(config: DictConfig) -> TrainSettings:
             f"train.mini_batch {found.mini_batch} times train.accumulate {found.accumulate}"
         )
     return found
+
+
+def _optional_whole(config: DictConfig, key: str, least: int) -> int | None:
+    return None if OmegaConf.select(config, key) is None else whole(config, key, least)
+
+
+def _optional_path(config: DictConfig, key: str, what: str) -> str | None:
+    value = OmegaConf.select(config, key)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise SettingsError(f"{key} must be {what}, or null, it is {value!r}")
+    return value
 
 
 def _switch(config: DictConfig, key: str) -> bool:

@@ -2,7 +2,7 @@
 
 Groups: model data cluster cost planner schedule kernels transport optimizer; keys: train.* plan device. The
 run's folder holds plan.json, graph.json, trace.json, metrics.jsonl, result.json and config.yaml, with
-kernels=triton also kernels.txt.
+kernels=triton also kernels.txt, with train.checkpoint_every= also checkpoints.
 """
 
 import os
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from .start import launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
+    from gpp.api.checkpoints import Checkpoints
     from gpp.api.pipeline import Pipeline
     from gpp.runtime.communicator import Communicator
     from gpp.runtime.mpi import MpiCommunicator
@@ -34,12 +35,17 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     from .guard import together
     from .job import GuardedCrew, pipeline_of, prepare
     from .kernels import kernels_name, write_reports
+    from .resume import begins_from, checkpoints
+    from .settings import train_settings
     from .transport import process_groups, staging_of
 
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
     folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
     alone = mpi is None
     staging = together(comm, lambda: staging_of(config, comm, alone=alone))
+    source = together(
+        comm, lambda: comm.broadcast_object(lambda: begins_from(train_settings(config), folder))
+    )
     job, ranks, initialised = prepare(config, own_overrides(), comm, alone=alone)
     if comm.rank == 0:
         _announce(config, job, ranks, folder)
@@ -51,7 +57,9 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     del initialised  # the whole model's weights: each stage has its own by now
     if kernels_name(config, job.material.device) == "triton":
         write_reports(comm, fused, folder)
-    _run(job, pipeline, folder)
+    if source is not None:
+        _go_on(job, pipeline, source)
+    _run(job, pipeline, checkpoints(config, job.material.settings, job.plan, folder), folder)
     if groups is not None:
         groups.close()
 
@@ -89,8 +97,17 @@ def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
     print(f"{counted(ranks, 'rank')}, {counted(settings.steps, 'step')}, {folder}", flush=True)
 
 
-def _run(job: "Job", pipeline: "Pipeline", folder: Path) -> None:
-    """From initial weights to the results; called by all ranks together."""
+def _go_on(job: "Job", pipeline: "Pipeline", source: Path) -> None:
+    """From a checkpoint; called by all ranks together."""
+    pipeline.load(source)
+    if pipeline.is_first:
+        made, wanted = pipeline.steps, job.material.settings.steps
+        what = f"goes on at step {made} of {wanted}" if made < wanted else "trained enough, evaluates only"
+        print(f"{what}: {source} has {made}, train.steps={wanted}", flush=True)
+
+
+def _run(job: "Job", pipeline: "Pipeline", checkpoints: "Checkpoints | None", folder: Path) -> None:
+    """From the weights as they are to the results; called by all ranks together."""
     from .log import Log, say_evaluation
 
     settings, first = job.material.settings, pipeline.is_first
@@ -100,9 +117,16 @@ def _run(job: "Job", pipeline: "Pipeline", folder: Path) -> None:
         settings.log_every,
         active=first,
         says_rate=job.material.make_scheduler is not None,
+        begin=pipeline.steps,
     ) as log:
-        data, batches = job.material.train_data, job.material.batches
-        pipeline.fit(data, batches, settings.steps, log.step, prefetch=settings.prefetch)
+        pipeline.fit(
+            job.material.train_data,
+            job.material.batches,
+            max(0, settings.steps - pipeline.steps),
+            log.step,
+            prefetch=settings.prefetch,
+            checkpoints=checkpoints,
+        )
         held_out = job.material.held_out
         evaluation = pipeline.evaluate_dataset(held_out) if len(held_out) else {}
         averaged = (

@@ -205,8 +205,8 @@ def _look(folder: Path, token: str) -> None:
     while not mark_of(folder, token).exists():
         if time.monotonic() > end:
             raise CheckpointError(
-                f"{folder} on host {socket.gethostname()} is not the folder that rank 0 sees: all ranks write "
-                "checkpoints, give them a folder that all hosts share (train.checkpoint_folder)"
+                f"{folder} on host {socket.gethostname()} is not the folder that rank 0 sees: all ranks "
+                "write checkpoints, give them a folder that all hosts share (train.checkpoint_folder)"
             )
         time.sleep(0.05)
     if not os.access(folder, os.W_OK | os.X_OK):

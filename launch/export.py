@@ -1,0 +1,64 @@
+"""python -m launch.export checkpoint=PATH: the weights of a checkpoint as one file for plain torch.
+
+It needs neither the model nor MPI: `model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from .guard import first_rank
+from .settings import SettingsError, own_path
+from .start import launch
+
+if TYPE_CHECKING:
+    from gpp.runtime.mpi import MpiCommunicator
+
+
+def export(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
+    """The task of this command."""
+    first_rank(mpi, lambda: _export(config))
+
+
+def _export(config: DictConfig) -> None:
+    from gpp.api.checkpoints import find
+    from gpp.checkpoint.reader import check_files, weights
+    from gpp.checkpoint.tensors import CheckpointError, write_tensors
+    from gpp.plan_table import readable_bytes
+
+    path, output, averaged = _path(config, "checkpoint"), _path(config, "output"), config.averaged
+    if not isinstance(averaged, bool):
+        raise SettingsError(f"averaged must be true or false, it is {averaged!r}")
+    kept, wrong = find(path)
+    for text in wrong:
+        print(f"passed over: {text}")
+    part = kept.manifest.part
+    if averaged and not part.averages:
+        raise CheckpointError(f"{kept.path} has no moving average of the weights: train.ema keeps one")
+    check_files(kept, 0, 1)
+    found = weights(kept, part.weights)
+    if averaged:
+        found |= weights(kept, part.averages, averaged=True)
+    half = output.with_name(f"{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        size = write_tensors(half, found).bytes
+        half.replace(output)
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        half.unlink(missing_ok=True)
+    what = "moving averages" if averaged else "weights"
+    print(f"{len(found)} {what} of step {kept.manifest.step}, {readable_bytes(size)}: {output}", flush=True)
+
+
+def _path(config: DictConfig, key: str) -> Path:
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, str) or not value:
+        raise SettingsError(f"say which file: {key}=path, it is {value!r}")
+    return own_path(value)
+
+
+if __name__ == "__main__":
+    launch(export, "export")

@@ -1,0 +1,57 @@
+"""The checkpoints of a training command: where they are kept, and which one it goes on from."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from gpp.api.checkpoints import Checkpoints, find
+from gpp.checkpoint.folder import newest
+from gpp.checkpoint.tensors import CheckpointError
+from gpp.plan import Plan, plan_to_json
+
+from .settings import TrainSettings, own_path, own_yaml
+
+AUTO = "auto"
+
+
+def folder_of(settings: TrainSettings, run: Path) -> Path:
+    """Where checkpoints are kept."""
+    named = settings.checkpoint_folder
+    return run / "checkpoints" if named is None else own_path(named)
+
+
+def checkpoints(config: DictConfig, settings: TrainSettings, plan: Plan, run: Path) -> Checkpoints | None:
+    """When and where they are written, if they are. Configuration and plan are kept with each."""
+    if settings.checkpoint_every is None:
+        return None
+    return Checkpoints(
+        folder=folder_of(settings, run),
+        every=settings.checkpoint_every,
+        keep=settings.checkpoint_keep,
+        texts={"config.yaml": own_yaml(config), "plan.json": plan_to_json(plan)},
+    )
+
+
+def begins_from(settings: TrainSettings, run: Path) -> Path | None:
+    """The checkpoint that train.resume means; None: training begins. Prints what was passed over.
+
+    Raises CheckpointError if there is none where one is named, or where there are damaged ones alone.
+    """
+    if settings.resume is None:
+        return None
+    if settings.resume == AUTO:
+        folder = folder_of(settings, run)
+        kept, wrong = newest(folder)
+        if kept is None and wrong:
+            raise CheckpointError(f"train.resume: no checkpoint in {folder} is whole: {wrong[0]}")
+        if kept is None:
+            print(f"train.resume=auto: there is no checkpoint in {folder} yet, training begins", flush=True)
+            return None
+    else:
+        try:
+            kept, wrong = find(own_path(settings.resume))
+        except CheckpointError as error:
+            raise CheckpointError(f"train.resume: {error}") from None
+    for text in wrong:
+        print(f"passed over: {text}", flush=True)
+    return kept.path
