@@ -105,7 +105,7 @@ class Saving:
             return made
 
         self._crew.together(rest)
-        token = self._crew.together(lambda: self._crew.broadcast(ready))
+        token = self._crew.of_first(ready)
         try:
             self._crew.together(lambda: _look(folder, token))
         finally:
@@ -179,7 +179,7 @@ def load(
 
     Returns it, the values outside of all stages (on rank 0), and what is wrong with newer ones.
     """
-    kept, wrong = crew.together(lambda: crew.broadcast(lambda: find(path)))
+    kept, wrong = crew.of_first(lambda: find(path))
     crew.together(lambda: _check_fits(kept, subject))
 
     def check() -> None:

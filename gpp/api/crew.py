@@ -71,6 +71,11 @@ class Crew:
         """`make()` on rank 0 alone, whose value or exception every process gets."""
         return make() if self.alone else self.comm.broadcast_object(make)
 
+    def of_first(self, make: Callable[[], T]) -> T:
+        """`make()` on rank 0 alone, whose value every process gets. If it fails, see `together`."""
+        made = self.together(lambda: [make()] if self.is_first else [])
+        return self.broadcast(lambda: made[0])
+
     def all_gather(self, value: T) -> list[T]:
         """Every process's value."""
         return [value] if self.alone else self.comm.all_gather_object(value)
