@@ -3,6 +3,7 @@
 It needs neither the model nor MPI: `model.load_state_dict(safetensors.torch.load_file("model.safetensors"))`.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ def _export(config: DictConfig) -> None:
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error.strerror or error}") from error
     finally:
-        half.unlink(missing_ok=True)
+        with suppress(OSError):
+            half.unlink()
     what = "moving averages" if averaged else "weights"
     print(f"{len(found)} {what} of step {kept.manifest.step}, {readable_bytes(size)}: {output}", flush=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from gpp.api.checkpoints import Checkpoints, find
-from gpp.checkpoint.folder import newest
+from gpp.checkpoint.folder import Kept, check_place, newest
 from gpp.checkpoint.tensors import CheckpointError
 from gpp.plan import Plan, plan_to_json
 
@@ -35,8 +35,16 @@ def checkpoints(config: DictConfig, settings: TrainSettings, plan: Plan, run: Pa
 def begins_from(settings: TrainSettings, run: Path) -> Path | None:
     """The checkpoint that train.resume means; None: training begins. Prints what was passed over.
 
-    Raises CheckpointError if there is none where one is named, or where there are damaged ones alone.
+    Raises CheckpointError if there is none where one is named, or where there are damaged ones alone; and,
+    before anything of an older run is written over, if the folder's checkpoints are of later steps.
     """
+    kept = _asked_for(settings, run)
+    if settings.checkpoint_every is not None:
+        check_place(folder_of(settings, run), 0 if kept is None else kept.manifest.step)
+    return None if kept is None else kept.path
+
+
+def _asked_for(settings: TrainSettings, run: Path) -> Kept | None:
     if settings.resume is None:
         return None
     if settings.resume == AUTO:
@@ -54,4 +62,4 @@ def begins_from(settings: TrainSettings, run: Path) -> Path | None:
             raise CheckpointError(f"train.resume: {error}") from None
     for text in wrong:
         print(f"passed over: {text}", flush=True)
-    return kept.path
+    return kept

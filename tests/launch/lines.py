@@ -14,6 +14,7 @@ from typing import Any
 
 from launch.capture import capture
 from launch.compare import compare
+from launch.export import export
 from launch.plan import plan
 from launch.simulate import simulate
 from launch.start import launch
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "capture": (capture, "capture"),
     "simulate": (simulate, "simulate"),
     "compare": (compare, "compare"),
+    "export": (export, "export"),
 }
 
 

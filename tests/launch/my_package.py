@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,14 @@ class DamagedOnOne(MyData):
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "vanish":
                     os._exit(0)
+        return super().__getitem__(index)
+
+
+class Slow(MyData):
+    """Gives time to end a run in the middle."""
+
+    def __getitem__(self, index):
+        time.sleep(0.001)
         return super().__getitem__(index)
 
 
