@@ -18,7 +18,7 @@ from tests.launch.lines import run
 STEPS = 40
 LINE = (*MINE, *SLOW, "data._target_=my_package.Slow", "train.mini_batch=16", "train.micro_batch=4")
 LINE += ("cluster.devices=2", f"train.steps={STEPS}", "train.checkpoint_every=1", "train.resume=auto")
-LINE += ("train.ema=0.9", "train.verify=false")
+LINE += ("train.ema=0.9", "train.verify=false", "planner=sequential")
 PATIENCE = 60  # seconds
 
 

@@ -14,7 +14,7 @@ from .commands import MINE, SLOW, Result, foreign, losses, read, run_lines
 from .my_package import MyNet
 
 BASE = (*MINE, *SLOW, "train.mini_batch=16", "train.micro_batch=4", "cluster.devices=2", "train.ema=0.9")
-BASE += ("train.verify=false", "train.log_every=1")
+BASE += ("train.verify=false", "train.log_every=1", "planner=sequential")
 BASE += ("lr_scheduler._target_=torch.optim.lr_scheduler.StepLR", "+lr_scheduler.step_size=2")
 BASE += ("+lr_scheduler.gamma=0.5",)
 KEEPS = ("train.checkpoint_every=2",)
