@@ -15,20 +15,21 @@ from pathlib import Path
 from tests.launch.commands import MINE, SLOW
 from tests.launch.lines import run
 
-STEPS = 40
+MORE = 4  # steps after the last kill
+ENDLESS = 1_000_000
 LINE = (*MINE, *SLOW, "data._target_=my_package.Slow", "train.mini_batch=16", "train.micro_batch=4")
-LINE += ("cluster.devices=2", f"train.steps={STEPS}", "train.checkpoint_every=1", "train.resume=auto")
+LINE += ("cluster.devices=2", "train.checkpoint_every=1", "train.resume=auto")
 LINE += ("train.ema=0.9", "train.verify=false", "planner=sequential")
 PATIENCE = 60  # seconds
 
 
-def started(folder: str) -> int:
-    """A run in a process of its own."""
+def started(folder: str, steps: int) -> int:
+    """A run of so many steps in a process of its own."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            result = run("train", [*LINE, f"hydra.run.dir={folder}"])
+            result = run("train", [*LINE, f"train.steps={steps}", f"hydra.run.dir={folder}"])
             code = result["code"]
             Path(f"{folder}.txt").write_text(result["out"] + result["err"])
         finally:
@@ -60,9 +61,10 @@ def main() -> None:
     seed, kills = map(int, sys.argv[1:])
     chance = random.Random(seed)
     for _ in range(kills):
-        kill_later(started("killed"), Path("killed/checkpoints"), chance)
+        kill_later(started("killed", ENDLESS), Path("killed/checkpoints"), chance)
+    steps = newest(Path("killed/checkpoints")) + MORE
     for folder in ("killed", "whole"):
-        _, status = os.waitpid(started(folder), 0)
+        _, status = os.waitpid(started(folder, steps), 0)
         assert status == 0, Path(f"{folder}.txt").read_text()
 
 
