@@ -4,6 +4,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-CHUNK = 1 << 24  # bytes read at a time
+CHUNK = 1 << 20  # bytes read at a time: they stay in the processor's cache for their checksum
 _COMPLEX = "complex128"  # a type that the format lacks: kept as pairs of float64, named in the metadata
 
 
@@ -35,8 +36,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     metadata = {"format": "pt", **({_COMPLEX: json.dumps(pairs)} if pairs else {})}
     try:
         save_file({name: t.contiguous() for name, t in plain.items()}, path, metadata)
-        _sync(path)
-        return _record(path)
+        with ThreadPoolExecutor(1) as pool:
+            syncing = pool.submit(_sync, path)
+            record = _record(path)
+            syncing.result()
+        return record
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -94,8 +98,9 @@ def _sync(path: Path) -> None:
 
 def _record(path: Path) -> FileRecord:
     size = checksum = 0
+    chunk = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            size += len(chunk)
-            checksum = zlib.crc32(chunk, checksum)
+        while count := file.readinto(chunk):
+            size += count
+            checksum = zlib.crc32(chunk[:count], checksum)
     return FileRecord(size, checksum)

@@ -1,0 +1,83 @@
+"""Bytes a second to and from a disk, beside torch.save and torch.load of the same tensors."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from benchmarks.section import Cell, Section
+from gpp.checkpoint.folder import opened
+from gpp.checkpoint.manifest import Manifest, Part
+from gpp.checkpoint.reader import check_files, weights
+from gpp.checkpoint.writer import CheckpointWriter, Contents
+
+MEGABYTES = 256
+ROUNDS = 5
+LEAST = 0.7  # of torch's rate, with a checksum of every byte
+FILE = "model-00001-of-00001.safetensors"
+
+
+def bytes_a_second(megabytes: int = MEGABYTES, rounds: int = ROUNDS) -> Section:
+    """The best of some rounds, each way in each round."""
+    tensors = {f"layers.{i}.weight": torch.randn(1024, 1024) for i in range(megabytes // 4)}
+    size = sum(value.nbytes for value in tensors.values())
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        ways: dict[str, Callable[[], None]] = {
+            "write": lambda: _write(folder, tensors),
+            "torch.save and fsync": lambda: _save(folder, tensors),
+            "read": lambda: _read(folder),
+            "torch.load": lambda: _load(folder),
+        }
+        found = {way: [_seconds(work) for work in [ways[way]] * rounds] for way in ways}
+    rates = {way: size / min(seconds) / 1e9 for way, seconds in found.items()}
+    ratios = (rates["write"] / rates["torch.save and fsync"], rates["read"] / rates["torch.load"])
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (way, rates[way], min(seconds), max(seconds)) for way, seconds in found.items()
+    )
+    return Section(
+        name="disk",
+        what=f"a checkpoint of {megabytes} MiB on one rank, written and read with its checksums",
+        reach=f"{LEAST} of the rate of torch.save with fsync and of torch.load",
+        measured=f"written at {rates['write']:.2f} GB/s ({ratios[0]:.2f} of torch's), read at "
+        f"{rates['read']:.2f} GB/s ({ratios[1]:.2f} of torch's)",
+        reached=min(ratios) >= LEAST,
+        columns=("way", "GB/s", "best (s)", "worst (s)"),
+        rows=rows,
+        note="Files are read from the page cache, where they have just been written. A checkpoint is read "
+        "twice, once for its checksums.",
+    )
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    writer = CheckpointWriter(folder, 0, 1, keep=1)
+    found = Contents({FILE: tensors}, dict.fromkeys(tensors, FILE), {}, {}, None, {})
+    writer.write(found, Manifest(1, 1, 0, None, Part({}, {}, {}, {})))
+    writer.wait()
+
+
+def _save(folder: Path, tensors: dict[str, Tensor]) -> None:
+    with (folder / "plain.pt").open("wb") as file:
+        torch.save(tensors, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(folder: Path) -> None:
+    kept = opened(folder / "step-00000001")
+    check_files(kept, 0, 1)
+    weights(kept, kept.manifest.part.weights)
+
+
+def _load(folder: Path) -> None:
+    torch.load(folder / "plain.pt", weights_only=True)
