@@ -53,7 +53,8 @@ def configuration(kernel: str, head: int, dtype: torch.dtype, mask_rows: bool) -
     """
     large = head > 64
     if dtype.itemsize > 2:
-        return Tile(32, 32, 8, 1 if kernel == "forward" else 2)
+        least = kernel == "key_value" and large and mask_rows  # at 32 its registers spill
+        return Tile(16 if least else 32, 32, 8, 1 if kernel == "forward" else 2)
     if kernel == "forward":
         return Tile(64, 64, 8, 2) if large and mask_rows else Tile(128, 64, 8, 3 if head > 32 else 4)
     if kernel == "query":
@@ -270,6 +271,7 @@ def check_attention(
     divides = heads == shared or (shared > 0 and heads % shared == 0)
     require(divides, name, "key", f"have a number of heads that divides query's {heads}", shared)
     if mask is not None:
+        require(not causal, name, "causal", "be False beside a mask, as torch has it", causal)
         allowed = (torch.bool, query.dtype, torch.float32)
         check_dtype(name, "mask", mask, *allowed)
         full = (samples, heads, queries, key.shape[2])

@@ -242,8 +242,9 @@ def attention_cases(every: bool) -> Iterator[Case]:
     if every:
         masks = ("none", "padding", "of queries", "added")
         cases += list(itertools.product((bfloat,), (128, 64, 32), (False,), (0.0, 0.1), masks))
-        cases += list(itertools.product((bfloat,), (128, 64, 32), (True,), (0.0, 0.1), masks[:2]))
-        cases += [(wide, head, causal, 0.1, "none") for head in (128, 32) for causal in (False, True)]
+        cases += list(itertools.product((bfloat,), (128, 64, 32), (True,), (0.0, 0.1), masks[:1]))
+        cases += list(itertools.product((wide,), (128, 64, 32), (False,), (0.1,), masks))
+        cases += [(wide, head, True, 0.1, "none") for head in (128, 32)]
     for dtype, head, causal, p, mask in cases:
         query, key, value = empty(8, 512, 3, 16, head, dtype=dtype).permute(2, 0, 3, 1, 4)
         given = {

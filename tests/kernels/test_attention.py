@@ -160,6 +160,11 @@ MISTAKES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: call(*[torch.ones(1, 1, 2, 129)] * 3), ValueError, "query must have a head size from 1 to 128"),
     (lambda: call(mask=Q[0, 0]), ValueError, r"mask must broadcast to \(2, 4, 3, 5\), it is \(3, 8\)"),
     (lambda: call(mask=torch.ones(3, 5).int()), TypeError, "mask must be torch.bool or torch.float32"),
+    (
+        lambda: attention(Q, K, V, torch.ones(3, 5), None, 0, 0, 0.0, True, None),
+        ValueError,
+        "causal must be False beside a mask, as torch has it, it is True",
+    ),
     (lambda: call(p=0.1), ValueError, "p must be 0 without a position, it is 0.1"),
     (lambda: call(p=1.1, drop=True), ValueError, r"p must lie in \[0, 1\], it is 1.1"),
     (lambda: ops.attention_backward_delta(Q, Q[:1]), ValueError, r"dy must have y's shape \(1, 4, 3, 8\)"),
