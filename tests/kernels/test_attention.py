@@ -47,7 +47,7 @@ def test_opcheck() -> None:
     q, k, v = triple()
     torch.library.opcheck(attention, (q, k, v, leaf(4, 3, 5, seed=3), POSITION, NODE, 60, 0.25, False, None))
     turned = leaf(2, 3, 4, 8).detach().transpose(1, 2)
-    torch.library.opcheck(attention, (turned, k, k, turned[..., :5] > 0, None, 0, 0, 0.0, True, 0.3))
+    torch.library.opcheck(attention, (turned, k, k, turned[..., :5] > 0, None, 0, 0, 0.0, False, 0.3))
     q, k, v = (t.detach() for t in (q, k, v))
     rest = (leaf(3, 5, seed=3).detach(), POSITION, NODE, 60, 0.25, False, None)
     torch.library.opcheck(attention_forward, (q, k, v, *rest))
@@ -161,7 +161,7 @@ MISTAKES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: call(mask=Q[0, 0]), ValueError, r"mask must broadcast to \(2, 4, 3, 5\), it is \(3, 8\)"),
     (lambda: call(mask=torch.ones(3, 5).int()), TypeError, "mask must be torch.bool or torch.float32"),
     (
-        lambda: attention(Q, K, V, torch.ones(3, 5), None, 0, 0, 0.0, True, None),
+        lambda: attention(Q, K, K, torch.ones(3, 5), None, 0, 0, 0.0, True, None),
         ValueError,
         "causal must be False beside a mask, as torch has it, it is True",
     ),
