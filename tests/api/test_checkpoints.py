@@ -228,6 +228,7 @@ def test_space_is_looked_at_before(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Checkpoints(folder=tmp_path, keep=0)
 
 
+@thorough
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=why_no_mpi() or "")
 def test_ranks_of_a_job(tmp_path: Path) -> None:
