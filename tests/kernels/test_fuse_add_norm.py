@@ -275,3 +275,32 @@ def test_a_value_may_be_dropped_apart(dim: int, addend: int, returned: bool, ope
     assert {item.operator.split(".")[1] for item in report.fused} == operators
     for got, right in zip(fused(X, POSITION), plain(X, POSITION), strict=True):
         torch.testing.assert_close(got, right)
+
+
+def test_a_sum_that_is_read_before_the_weight_of_its_norm_is_made_stays() -> None:
+    """The weight is made of the sum itself, so no call can stand before all who read the sum."""
+
+    def made(x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        return functional.layer_norm(total, (WIDTH,), total.mean(0))
+
+    x, y = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
+    plain = make_fx(made, pre_dispatch=True)(x, y)
+    result, report = fuse(plain)
+    assert [item.operator for item in report.fused] == ["gpp_kernels.layer_norm.default"]
+    torch.testing.assert_close(result(x, y), plain(x, y))
+
+
+def test_what_is_overwritten_through_a_part_of_it_is_not_read_later() -> None:
+    """The sum is made before half of an addend is doubled, its norm's weight only then."""
+
+    def made(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        total = x + y
+        x.chunk(2, -1)[0].mul_(2.0)
+        return functional.layer_norm(total, (WIDTH,), weight.sin())
+
+    x, y, weight = torch.randn(3, WIDTH), torch.randn(3, WIDTH), torch.randn(WIDTH)
+    plain = make_fx(made, pre_dispatch=True)(x.clone(), y, weight)
+    result, report = fuse(plain)
+    assert [item.operator for item in report.fused] == ["gpp_kernels.layer_norm.default"]
+    torch.testing.assert_close(result(x.clone(), y, weight), plain(x.clone(), y, weight))

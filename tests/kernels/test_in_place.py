@@ -156,3 +156,24 @@ def graph_of(*lines: tuple[object, ...], arguments: int) -> fx.GraphModule:
 def test_what_is_left(lines: tuple[tuple[object, ...], ...]) -> None:
     before = str(graph_of(*lines, arguments=3).graph)
     assert str(accumulate(graph_of(*lines, arguments=3)).graph) == before
+
+
+def test_a_sum_of_two_gradients_is_split_only_where_that_is_the_same() -> None:
+    """Not where another reads it, nor where one of the two is stretched."""
+
+    def given(*, read: bool, rows: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        total, x, other = (graph.placeholder(name) for name in ("total", "x", "other"))
+        product = graph.call_function(aten.mm.default, (x, x))
+        both = graph.call_function(aten.add.Tensor, (product, other))
+        graph.call_function(aten.add_.Tensor, (total, both))
+        for node, shape in ((total, (3, 3)), (x, (3, 3)), (product, (3, 3)), (both, (3, 3))):
+            node.meta["val"] = torch.empty(shape)
+        other.meta["val"] = torch.empty(rows, 3)
+        graph.output((both,) if read else ())
+        return fx.GraphModule(nn.Module(), graph)
+
+    assert count([accumulate(given(read=False, rows=3))], ADD) == 1
+    for read, rows in ((True, 3), (False, 1)):
+        before = str(given(read=read, rows=rows).graph)
+        assert str(accumulate(given(read=read, rows=rows)).graph) == before
