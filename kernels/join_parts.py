@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import INTERPRETED, blocks, is_counting
+from .launch import INTERPRETED, architecture, blocks, is_counting
 from .library import as_rows, check_dtype, check_tensors, require
+from .product import DESCRIBING
 
 INNER = 64  # elements of a sum in 16 bits that are multiplied at a time
 GROUP = 8  # most parts of one launch; more are added to what the launches before left
@@ -60,13 +61,11 @@ def is_described(weight: Tensor, groups: Sequence[Sequence[Tensor]]) -> bool:
 
 
 def _is_hopper(tensor: Tensor) -> bool:
-    """Whether the chip has descriptors; of a tensor that is nowhere, the one that is compiled for. The
-    interpreter has them too."""
+    """Whether the chip has descriptors and memory for the tiles; of a tensor that is nowhere, the one that is
+    compiled for. The interpreter has them too."""
     if INTERPRETED or is_counting():
         return not is_counting()
-    if tensor.is_cuda:
-        return torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-    return tensor.is_meta and int(triton.runtime.driver.active.get_current_target().arch) >= 90
+    return (tensor.is_cuda or tensor.is_meta) and architecture(tensor) in DESCRIBING
 
 
 def _is_describable(matrix: Tensor) -> bool:

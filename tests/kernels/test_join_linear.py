@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
+from kernels import join_parts
 from kernels.fuse import fuse
 from kernels.join_gradient import join_linear_accumulate_weight, join_linear_backward_weight
 from kernels.join_linear import join_linear, join_linear_keeping
@@ -160,3 +161,12 @@ def test_joins_that_no_linear_layer_reads_are_not_in_the_report() -> None:
     plain = make_fx(lambda a, w: functional.linear(w, torch.cat([a, a], 1)).relu(), pre_dispatch=True)(X, W)
     assert [item.operator for item in fuse(plain)[1].fused] == ["gpp_kernels.linear.default"]
     assert not fuse(plain)[1].left
+
+
+@pytest.mark.parametrize(("chip", "described"), [(80, False), (90, True), (100, True), (120, False)])
+def test_descriptors_are_for_chips_with_memory_for_their_tiles(
+    chip: int, described: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join_parts, "architecture", lambda _: chip)
+    weight, x = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((256, 128), (64, 64)))
+    assert join_parts.is_described(weight, [[x, x]]) is described
