@@ -10,6 +10,7 @@ whatever dz and x are. Products that widen nothing are plain ones, for which tor
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from .bags import pick
 from .join_parts import check_parts, columns_of, configuration, groups_of, place_in_parts, place_of_tile
 from .launch import blocks, launch
 from .library import as_rows, check_dtype, check_tensors, register, require
-from .product import matrix, precision
+from .product import is_ragged, matrix, precision
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -84,6 +85,8 @@ def launch_accumulate_weight(total: Tensor, dz: Tensor, xs: Sequence[Tensor]) ->
     rows, columns = dz.shape
     for first, group in groups_of(xs):
         tile = configuration(columns, sum(x.shape[1] for x in group), dz.dtype)
+        if is_ragged(columns, *(x.shape[1] for x in group)):
+            tile = replace(tile, columns=64)
         launch(
             join_weight_kernel,
             (blocks(columns, tile.rows) * sum(blocks(x.shape[1], tile.columns) for x in group),),

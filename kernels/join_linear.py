@@ -11,6 +11,7 @@ is what a linear layer keeps.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .join_parts import check_parts, columns_of, configuration, descriptor, grou
 from .launch import blocks, launch
 from .library import check_dtype, check_tensors, register, register_autograd, require
 from .linear_gradient import linear_backward_activation, linear_backward_input
-from .product import precision
+from .product import is_ragged, precision
 from .tuning import tuned
 
 
@@ -36,7 +37,10 @@ def _launch(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, activatio
     rows = y.numel() // columns if columns else 0
     groups = list(groups_of(xs))
     described = is_described(weight, [group for _, group in groups])
-    static = configuration(rows, columns, weight.dtype, described and not keep)
+    wide = described and not keep and len(groups) == 1  # else the epilogue has more to hold
+    static = configuration(rows, columns, weight.dtype, wide)
+    if weight.dtype.itemsize > 2 and is_ragged(columns, *(x.shape[-1] for x in xs)):
+        static = replace(static, warps=8)
     tile = tuned("join", static, weight, rows=rows, columns=columns, inner=weight.shape[1])
     total = y if len(groups) == 1 else weight.new_empty((rows, columns), dtype=torch.float32)
     bias = y if bias is None else bias.contiguous()

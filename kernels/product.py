@@ -64,22 +64,33 @@ def dropout_numbers(dropout: Dropout | None) -> tuple[Any, ...]:
 
 
 def configuration(
-    rows: int, columns: int, dtype: torch.dtype, described: bool = False, drops: bool = False
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    described: bool = False,
+    drops: bool = False,
+    ragged: bool = False,
 ) -> Tile:
     """A function of the result's shape, the dtype and the kernel; `inner` depends on the dtype alone.
 
     The widest tile is the fastest, where it leaves no multiprocessor without one and its epilogue stays in
-    registers: that of dropout, which counts in 64 bits, does not.
+    registers: that of dropout, which counts in 64 bits, does not, nor does a `ragged` one.
     """
     if dtype.itemsize > 2:
-        return Tile(64, 64, 32, 4, 3)
+        return Tile(64, 64, 32, 4, 3, 4)
     if described and not drops and blocks(rows, 128) * blocks(columns, 256) >= 128:
         return Tile(128, 256, 64, 8, 3, 4)
     if blocks(rows, 128) * blocks(columns, 128) < 64:
         return Tile(64, 64, 64, 4, 4, 2, 2)
-    if drops and not described:
-        return Tile(128, 64, 64, 8, 3, 2)
+    if not described and (drops or ragged):
+        return Tile(128, 64, 64, 8, 3, 4)
     return Tile(128, 128, 64, 8, 3, 4 if drops else 2)
+
+
+def is_ragged(*widths: int) -> bool:
+    """Whether a width is no multiple of 16: each element is then reached by an address of its own, which
+    takes registers."""
+    return any(width % 16 for width in widths)
 
 
 def precision() -> str:
@@ -151,7 +162,9 @@ def product(
     saved, residual, bias = (None if t is None else t.contiguous() for t in (saved, residual, bias))
     matrices = [None if t is None else t.view(rows, columns) for t in (out, kept, saved, residual)]
     by_descriptors = is_described(a, b, *matrices)
-    tile = configuration(rows, columns, a.dtype, by_descriptors, dropout is not None)
+    tile = configuration(
+        rows, columns, a.dtype, by_descriptors, dropout is not None, is_ragged(columns, inner)
+    )
     sizes = {"rows": rows, "columns": columns, "inner": inner}
     if by_descriptors:
         a, b = described(a), described(b)

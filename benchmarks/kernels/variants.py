@@ -159,6 +159,30 @@ def linear_cases(every: bool) -> Iterator[Case]:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
+def ragged_cases(every: bool) -> Iterator[Case]:
+    """Layers of which no row starts at a multiple of 16, and none can be described: every element is reached
+    by an address of its own, which takes registers."""
+    drop = (empty(2, dtype=torch.int64), 1 << 62, 1000, 0.1)
+    for dtype, activation, inner, columns, keyed in (
+        (torch.bfloat16, "gelu_erf", 100, 1001, ()),
+        (torch.float32, "gelu_tanh", 942, 1001, drop),
+        *(((torch.bfloat16, "gelu_erf", 101, 4099, drop),) if every else ()),
+        *(((torch.bfloat16, "gelu_erf", 4096, 150, ()),) if every else ()),
+        *(((torch.float32, "gelu_erf", 4096, 1, drop),) if every else ()),
+    ):
+        rows = 65536 if columns < 256 else 8192
+        x, weight = empty(rows, inner, dtype=dtype), empty(columns, inner, dtype=dtype)
+        dz, z = empty(rows, columns, dtype=dtype), empty(rows, inner, dtype=dtype)
+        case = f"{dtype} {activation} ragged {rows} x {inner} to {columns}"
+        biases = (None, empty(columns, dtype=dtype)) if every else (None,)
+        for bias in biases:
+            yield case, linear.launch_forward_keeping, (x, weight, bias, activation, dz, *keyed)
+        yield case, linear_gradient.launch_backward_input_activation, (dz, weight, z, activation, *keyed)
+        if every and dtype != torch.float32:
+            total = empty(columns, inner, dtype=torch.float32)
+            yield case, linear_gradient.launch_accumulate_weight, (total, dz, x)
+
+
 def sum_cases() -> Iterator[Case]:
     """Most parts of one launch; a float32 sum of bfloat16 parts."""
     half, single = torch.bfloat16, torch.float32
@@ -176,6 +200,8 @@ def join_cases() -> Iterator[Case]:
         (torch.bfloat16, "gelu_erf", 1024, 1024, 4),
         (torch.bfloat16, "relu", 1024, 942, 7),
         (torch.float32, "none", 1024, 4096, 4),
+        (torch.bfloat16, "relu", 8192, 1024, 12),
+        *(((torch.float32, "gelu_erf", 8192, 942, 12),) if ALL else ()),
     ):
         xs = [empty(rows, width, dtype=dtype)] * parts
         weight, bias = empty(4096, width * parts, dtype=dtype), empty(4096, dtype=dtype)
@@ -277,6 +303,7 @@ def cases(every: bool) -> Iterator[Case]:
         interaction_cases(),
         attention_cases(every),
         join_cases(),
+        ragged_cases(every),
         linear_cases(every),
     )
 
