@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import blocks, launch
-from .library import as_rows, check_tensors, register
+from .library import as_rows, check_tensors, register, require
 from .product import matrix
 
 SUM_ROWS, SUM_COLUMNS, SUM_GROUPS = 16, 128, 64  # tile of the sum over rows, and its most parts
@@ -70,8 +70,10 @@ def reference_backward_bias(dz: Tensor) -> Tensor:
 
 
 def check_backward_bias(dz: Tensor) -> None:
-    """Any floating dz."""
-    check_tensors("linear_backward_bias", dz=dz)
+    """dz [..., columns]."""
+    name = "linear_backward_bias"
+    check_tensors(name, dz=dz)
+    require(dz.dim() >= 1, name, "dz", "have at least one dimension", tuple(dz.shape))
 
 
 linear_backward_bias = register(

@@ -247,6 +247,11 @@ def test_second_derivatives_are_refused() -> None:
 
 X, WEIGHT, BIAS = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)
 MISTAKES: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (
+        lambda: ops.linear_backward_bias(torch.tensor(1.0)),
+        ValueError,
+        r"linear_backward_bias: dz must have at least one dimension, it is \(\)",
+    ),
     (lambda: linear(X, WEIGHT, BIAS, "tanh"), ValueError, "linear: activation must be one of none, relu"),
     (
         lambda: linear(X, WEIGHT.t(), BIAS, "none"),
