@@ -191,7 +191,7 @@ def sum_cases() -> Iterator[Case]:
         yield f"sum of {len(parts)} {parts[-1]} to {dtype}", gradient_sum.launch_sum, (tensors, dtype)
 
 
-def join_cases() -> Iterator[Case]:
+def join_cases(every: bool) -> Iterator[Case]:
     """The seven towers of CANDLE-Uno at once, more parts than a launch takes, widths that descriptors cannot
     describe, large tiles and small ones."""
     for dtype, activation, rows, width, parts in (
@@ -201,7 +201,7 @@ def join_cases() -> Iterator[Case]:
         (torch.bfloat16, "relu", 1024, 942, 7),
         (torch.float32, "none", 1024, 4096, 4),
         (torch.bfloat16, "relu", 8192, 1024, 12),
-        *(((torch.float32, "gelu_erf", 8192, 942, 12),) if ALL else ()),
+        *(((torch.float32, "gelu_erf", 8192, 942, 12),) if every else ()),
     ):
         xs = [empty(rows, width, dtype=dtype)] * parts
         weight, bias = empty(4096, width * parts, dtype=dtype), empty(4096, dtype=dtype)
@@ -302,7 +302,7 @@ def cases(every: bool) -> Iterator[Case]:
         embedding_bag_cases(),
         interaction_cases(),
         attention_cases(every),
-        join_cases(),
+        join_cases(every),
         ragged_cases(every),
         linear_cases(every),
     )
