@@ -14,6 +14,7 @@ from gpp.program.autocast import Autocast, under_autocast
 from gpp.program.build import Alone, Roots, alone
 from gpp.program.carve import carve, interface
 from tests.equality import models
+from tests.thorough import thorough
 
 BF16 = Autocast("cpu")
 CPU = torch.device("cpu")
@@ -109,7 +110,11 @@ KINDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+FEW = (models.Table, models.BatchNorm, models.Padded, models.Clicks, Transformer, Turned, Recurrent, ByHand)
+FEWER = [kind if kind in FEW else pytest.param(kind, marks=thorough) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", FEWER, ids=lambda kind: kind.__name__)
 def test_loss_and_gradients_are_those_of_eager_autocast(kind: type[nn.Module]) -> None:
     model, captured = made(kind)
     given = batch(model, 6)

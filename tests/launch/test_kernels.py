@@ -17,7 +17,6 @@ def test_the_default_experiment_under_the_interpreter(tmp_path: Path) -> None:
             "train.mini_batch=4",
             "train.held_out=0",
             f"hydra.run.dir={name}",
-            *(["kernels.attention=triton"] if name == "triton" else []),
         ]
         for name in names
     ]

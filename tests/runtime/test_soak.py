@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tests.mpirun import run_mpi, why_no_mpi
-from tests.thorough import ALL
+from tests.thorough import thorough
 
-STEPS = 1000 if ALL else 150
+STEPS = 1000
 GROWTH = 1 << 20  # bytes of each rank's resident memory, in nine tenths of the steps
 
 pytestmark = [
@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 
+@thorough
 def test_nothing_grows() -> None:
     job = run_mpi(4, "tests.runtime.soak", str(STEPS), timeout=120)
     assert job.returncode == 0, job.stdout + job.stderr
