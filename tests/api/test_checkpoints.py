@@ -46,7 +46,9 @@ MORE = [case for case in CASES if case.ranks <= 4 and not case.pretrained and no
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ranks there are: sums by two threads round otherwise than sums by one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
 
