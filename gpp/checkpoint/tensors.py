@@ -51,8 +51,9 @@ def write_text(path: Path, text: str) -> FileRecord:
     try:
         temporary.write_text(text)
         _sync(temporary)
-        temporary.rename(path)
-        return _record(path)
+        record = _record(temporary)
+        temporary.rename(path)  # the last that is done: who waits for the file may move its folder at once
+        return record
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 

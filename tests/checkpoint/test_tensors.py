@@ -73,3 +73,18 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     os.symlink("/dev/full", tmp_path / "t.tmp")
     with pytest.raises(CheckpointError, match="t cannot be written: No space left on device"):
         write_text(tmp_path / "t", "text")
+
+
+def test_a_file_that_was_waited_for_may_be_moved_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "begun", Path.rename
+    folder.mkdir()
+
+    def and_away(self: Path, target: Path) -> None:
+        rename(self, target)
+        rename(folder, tmp_path / "whole")
+
+    monkeypatch.setattr(Path, "rename", and_away)
+    record = write_text(folder / "a.json", "{}")
+    check_file(tmp_path / "whole" / "a.json", record)
