@@ -19,6 +19,7 @@ from gpp.runtime.environment import TRACEBACK
 
 if TYPE_CHECKING:
     from gpp.runtime.communicator import Communicator
+    from gpp.runtime.mpi import MpiCommunicator
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ def first_rank(comm: "Communicator | None", work: Callable[[], None]) -> None:
         together(comm, lambda: comm.broadcast_object(work))
 
 
-def guarded(comm: "Communicator | None", run: Callable[[], T]) -> T:
+def guarded(comm: "MpiCommunicator | None", run: Callable[[], T]) -> T:
     """`run()`, in which ranks may wait for each other. A rank that fails says why and ends the job; it must
     not just exit, since leaving MPI waits for the others.
     """
@@ -89,14 +90,18 @@ def guarded(comm: "Communicator | None", run: Callable[[], T]) -> T:
         raise
     except BaseException as problem:
         several = comm is not None and comm.size > 1
-        who = f"rank {comm.rank}: " if comm is not None and several else ""
-        silenced = comm is not None and comm.rank > 0
-        if silenced:
-            time.sleep(GRACE)  # what fails on several ranks is said by the first alone: it ends the others
-        print(f"error: {who}{explain(problem)}", file=sys.__stderr__ if silenced else sys.stderr, flush=True)
+        code = 130 if isinstance(problem, KeyboardInterrupt) else 1
         if comm is not None and several:
-            comm.abort(1)
-        raise Leaving(130 if isinstance(problem, KeyboardInterrupt) else 1) from None
+            if comm.rank > 0 and comm.watch is None:
+                time.sleep(
+                    GRACE
+                )  # what fails on several ranks is said by the first alone: it ends the others
+            error, details = explain(problem), "".join(traceback.format_exception(problem))
+            unexpected = "\nTraceback" in f"\n{error}"
+            said = "".join(traceback.format_exception_only(problem)).rstrip() if unexpected else error
+            comm.fail(said, details, code, shown=unexpected)
+        print(f"error: {explain(problem)}", file=sys.stderr, flush=True)
+        raise Leaving(code) from None
 
 
 def explain(problem: BaseException) -> str:

@@ -24,6 +24,11 @@ def checkpoints(config: DictConfig, settings: TrainSettings, plan: Plan, run: Pa
     """When and where they are written, if they are. Configuration and plan are kept with each."""
     if settings.checkpoint_every is None:
         return None
+    return kept_of(config, settings, plan, run)
+
+
+def kept_of(config: DictConfig, settings: TrainSettings, plan: Plan, run: Path) -> Checkpoints:
+    """Where they are, and how many stay; also of a run that writes none unless it is asked to stop."""
     return Checkpoints(
         folder=folder_of(settings, run),
         every=settings.checkpoint_every,

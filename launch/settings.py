@@ -52,6 +52,8 @@ class TrainSettings:
     held_out: float
     log_every: int
     prefetch: int
+    silence: float
+    preempted_exit: int | None
     checkpoint_every: int | None
     checkpoint_keep: int
     checkpoint_folder: str | None
@@ -169,6 +171,8 @@ def train_settings(config: DictConfig) -> TrainSettings:
         held_out=share,
         log_every=whole(config, "train.log_every", 1),
         prefetch=whole(config, "train.prefetch", 1),
+        silence=number(config, "train.silence", above=0.0),
+        preempted_exit=_exit_code(config),
         checkpoint_every=_optional_whole(config, "train.checkpoint_every", 1),
         checkpoint_keep=whole(config, "train.checkpoint_keep", 1),
         checkpoint_folder=_optional_path(config, "train.checkpoint_folder", "a folder"),
@@ -184,6 +188,15 @@ def train_settings(config: DictConfig) -> TrainSettings:
 
 def _optional_whole(config: DictConfig, key: str, least: int) -> int | None:
     return None if OmegaConf.select(config, key) is None else whole(config, key, least)
+
+
+def _exit_code(config: DictConfig) -> int | None:
+    if OmegaConf.select(config, "train.preempted_exit") == "auto":
+        return None
+    code = whole(config, "train.preempted_exit", 0)
+    if code > 125:
+        raise SettingsError(f"train.preempted_exit must be auto or from 0 to 125, it is {code}")
+    return code
 
 
 def _optional_path(config: DictConfig, key: str, what: str) -> str | None:

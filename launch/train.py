@@ -7,20 +7,20 @@ kernels=triton also kernels.txt, with train.checkpoint_every= also checkpoints.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig
 
 from .start import launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
-    from gpp.api.checkpoints import Checkpoints
     from gpp.api.pipeline import Pipeline
     from gpp.runtime.communicator import Communicator
     from gpp.runtime.mpi import MpiCommunicator
     from kernels.fuse import FuseReport
 
     from .job import Job
+    from .preemption import Listener
 
 
 def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
@@ -32,20 +32,33 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         return
     from gpp.runtime.loopback import LoopbackWorld
 
+    from .preemption import listening
+
+    comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
+    with listening(comm.rank) as listener:
+        _train(config, mpi, comm, listener)
+
+
+def _train(
+    config: DictConfig, mpi: "MpiCommunicator | None", comm: "Communicator", listener: "Listener"
+) -> None:
     from .guard import together
     from .job import GuardedCrew, pipeline_of, prepare
     from .kernels import kernels_name, write_reports
-    from .resume import begins_from, checkpoints
+    from .resume import begins_from
     from .settings import train_settings
     from .transport import process_groups, staging_of
 
-    comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
     folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
+    settings = together(comm, lambda: train_settings(config))
+    if mpi is not None:
+        from gpp.runtime.watching import Rules
+
+        mpi.watch_by(Rules(silence=settings.silence, strict=True), folder)
     alone = mpi is None
     staging = together(comm, lambda: staging_of(config, comm, alone=alone))
-    source = together(
-        comm, lambda: comm.broadcast_object(lambda: begins_from(train_settings(config), folder))
-    )
+    source = together(comm, lambda: comm.broadcast_object(lambda: begins_from(settings, folder)))
+    comm.doing.now("captures the model and plans")
     job, ranks, initialised = prepare(config, own_overrides(), comm, alone=alone)
     if comm.rank == 0:
         _announce(config, job, ranks, folder)
@@ -59,7 +72,8 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         write_reports(comm, fused, folder)
     if source is not None:
         _go_on(job, pipeline, source)
-    _run(job, pipeline, checkpoints(config, job.material.settings, job.plan, folder), folder)
+    listener.tell(pipeline.ask_to_stop)
+    _run(config, job, pipeline, folder)
     if groups is not None:
         groups.close()
 
@@ -106,9 +120,10 @@ def _go_on(job: "Job", pipeline: "Pipeline", source: Path) -> None:
         print(f"{what}: {source} has {made}, train.steps={wanted}", flush=True)
 
 
-def _run(job: "Job", pipeline: "Pipeline", checkpoints: "Checkpoints | None", folder: Path) -> None:
+def _run(config: DictConfig, job: "Job", pipeline: "Pipeline", folder: Path) -> None:
     """From the weights as they are to the results; called by all ranks together."""
     from .log import Log, say_evaluation
+    from .resume import checkpoints
 
     settings, first = job.material.settings, pipeline.is_first
     with Log(
@@ -125,8 +140,10 @@ def _run(job: "Job", pipeline: "Pipeline", checkpoints: "Checkpoints | None", fo
             max(0, settings.steps - pipeline.steps),
             log.step,
             prefetch=settings.prefetch,
-            checkpoints=checkpoints,
+            checkpoints=checkpoints(config, settings, job.plan, folder),
         )
+        if pipeline.steps < settings.steps:
+            _leave(config, job, pipeline, folder)
         held_out = job.material.held_out
         evaluation = pipeline.evaluate_dataset(held_out) if len(held_out) else {}
         averaged = (
@@ -144,6 +161,27 @@ def _run(job: "Job", pipeline: "Pipeline", checkpoints: "Checkpoints | None", fo
                 memory,
                 {"eval": evaluation, **({"eval_ema": averaged} if averaged else {})},
             )
+
+
+def _leave(config: DictConfig, job: "Job", pipeline: "Pipeline", folder: Path) -> NoReturn:
+    """What was done is kept, and the job ends; called by all ranks together."""
+    from .guard import Leaving
+    from .preemption import exit_code
+    from .resume import kept_of
+
+    settings = job.material.settings
+    kept = kept_of(config, settings, job.plan, folder)
+    if settings.checkpoint_every is None:
+        pipeline.save(kept)
+    code = exit_code(settings.preempted_exit)
+    if pipeline.is_first:
+        print(
+            f"{pipeline.stopped}: stopped after {pipeline.steps} of {settings.steps} steps, which are kept "
+            f"in {kept.folder}; the same command with train.resume=auto and this hydra.run.dir goes on there "
+            f"(exit code {code})",
+            flush=True,
+        )
+    raise Leaving(code)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,13 @@ class Saving:
         self._writers = {
             rank: CheckpointWriter(checkpoints.folder, rank, crew.size, checkpoints.keep) for rank in states
         }
+        self._begun = 0
 
     def begin(self, steps: int) -> None:
         """Be ready to write, after so many steps; called by all ranks together. Raises CheckpointError where
         the folder cannot be written to, is not the same on all hosts, or has not enough space."""
         folder, token = self.checkpoints.folder, ""
+        self._begun = steps
 
         def rest() -> None:
             for writer in self._writers.values():
@@ -123,6 +125,11 @@ class Saving:
                 self._writers[rank].check()
 
         return between
+
+    def at_stop(self, rank: int, steps: int) -> None:
+        """What a rank does if all stopped earlier than they were to; without steps there is nothing new."""
+        if self._begun < steps and (self.checkpoints.every is None or steps % self.checkpoints.every):
+            self._write(rank, steps)
 
     def finish(self, rank: int) -> None:
         """Until a rank's part is on disk; on rank 0 until the whole checkpoint is."""

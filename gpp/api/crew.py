@@ -149,6 +149,5 @@ class _EndsJob:
         if issubclass(kind, RefusedError) or self.comm.size == 1:  # every rank has it, and leaves
             self.before(kind, error, trace)
             return
-        print(f"rank {self.comm.rank}:", file=sys.stderr)
-        traceback.print_exception(kind, error, trace)
-        self.comm.abort(1)
+        text = "".join(traceback.format_exception_only(kind, error)).rstrip()
+        self.comm.fail(text, "".join(traceback.format_exception(kind, error, trace)), 1, shown=True)

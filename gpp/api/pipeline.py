@@ -98,6 +98,10 @@ class Pipeline:
         self._sizes = set(job.lowered.evaluate)
 
         def trainer(comm: Communicator) -> Trainer:
+            comm.doing.stages = ", ".join(
+                job.plan.stage_graph.stages[stage].name for stage in job.plan.residents.get(comm.rank, ())
+            )
+            comm.doing.compiles = hooks is not None
             with explained(job.plan, comm.rank):
                 return Trainer(
                     comm,
@@ -137,7 +141,7 @@ class Pipeline:
         """
         self._agreed(misfit(batch, self._specs, self.keys, self.plan.mini_batch))
         number = self.steps
-        records = self._run(lambda trainer: trainer.step(number, batch))
+        records = self._run("trains", lambda trainer: trainer.step(number, batch))
         self.steps += 1
         record = records[0] if self.is_first else None
         norm = next((t.norm for t in self._trainers.values() if t.norm is not None), None)
@@ -158,7 +162,7 @@ class Pipeline:
             def work(trainer: Trainer, size: int = size, part: Batch = part) -> dict[str, Total]:
                 return trainer.evaluate_batch(size, part, averaged=averaged)
 
-            add_up(totals, self._run(work)[0])
+            add_up(totals, self._run("evaluates", work)[0])
         return {name: total.mean for name, total in totals.items()}
 
     def predict(self, batches: Iterable[Batch], *, averaged: bool = False) -> dict[str, Tensor]:
@@ -179,7 +183,7 @@ class Pipeline:
             def work(trainer: Trainer, size: int = size, part: Batch = part) -> dict[str, Tensor]:
                 return trainer.predict_batch(size, part, averaged=averaged)
 
-            for name, value in self._run(work)[0].items():
+            for name, value in self._run("predicts", work)[0].items():
                 found.setdefault(name, []).append(value)
         order = self.job.captured.traced.evaluate.predictions
         return {name: torch.cat(found[name]) for name in order if name in found}
@@ -209,34 +213,37 @@ class Pipeline:
         start, stop = self.steps, self.steps + steps
         saving = self._saver(checkpoints) if checkpoints is not None and steps else None
 
-        def work(trainer: Trainer) -> None:
-            def fit(**options: Any) -> None:
-                trainer.fit(checked, batches, start, stop, on_step, prefetch=prefetch, **options)
+        def work(trainer: Trainer) -> int:
+            def fit(**options: Any) -> int:
+                return trainer.fit(checked, batches, start, stop, on_step, prefetch=prefetch, **options)
 
             if saving is None:
-                fit()
-                return
+                return fit()
+            rank = trainer.comm.rank
             try:
-                fit(between=saving.between(trainer.comm.rank, stop))
-                saving.finish(trainer.comm.rank)
+                made = fit(between=saving.between(rank, stop))
+                trainer.comm.doing.now("writes a checkpoint")
+                if made < stop:
+                    saving.at_stop(rank, made)
+                saving.finish(rank)
             except BaseException:
                 saving.give_up()  # threads of this process must not wait for this rank's part
                 raise
+            return made
 
-        self._run(work)
-        self.steps = stop
+        self.steps = self._run("trains", work)[0]
 
     def evaluate_dataset(self, dataset: Dataset, *, averaged: bool = False) -> dict[str, float]:
         """`evaluate` over a data set; each rank reads its own rows and keys."""
         for batch in evaluation_batches(len(dataset), self.plan.mini_batch):
             self._prepare(len(batch))
         checked = Checked(dataset, self._specs)
-        return self._run(lambda trainer: trainer.evaluate(checked, averaged=averaged))[0]
+        return self._run("evaluates", lambda trainer: trainer.evaluate(checked, averaged=averaged))[0]
 
     def state_dict(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers under the module's own names, for `load_state_dict`, on the host of rank 0
         (elsewhere empty). `averaged`: the weights' moving averages."""
-        found = self._run(lambda trainer: trainer.weights(averaged=averaged))[0]
+        found = self._run("gathers weights", lambda trainer: trainer.weights(averaged=averaged))[0]
         if not self.is_first:
             return {}
         found |= self._outside
@@ -264,7 +271,22 @@ class Pipeline:
 
     def trace(self) -> Trace:
         """Who did what when in the last steps, complete on rank 0; comparable with `gpp.simulate`'s."""
-        return self._run(lambda trainer: trainer.trace())[0]
+        return self._run("gathers its trace", lambda trainer: trainer.trace())[0]
+
+    @property
+    def stopped(self) -> str | None:
+        """Why `fit` stopped before its last step, or will: a rank was asked to, see `ask_to_stop`."""
+        return self._crew.comm.halt.reason
+
+    def ask_to_stop(self, reason: str) -> None:
+        """All ranks' `fit` returns after the step that they are in, a checkpoint written if it writes any; on
+        one rank, as in a handler of a signal. In a loop of your own steps ask `is_asked_to_stop`."""
+        self._crew.comm.halt.ask(reason)
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any rank has been asked to stop, the same answer on all ranks; called by all of them
+        between two steps."""
+        return self._crew.first_error(self.stopped) is not None
 
     @property
     def step_seconds(self) -> Sequence[float]:
@@ -286,7 +308,7 @@ class Pipeline:
             own = int(torch.cuda.max_memory_allocated(device)) if cuda else peak() - self._base
             return trainer.comm.all_gather_object(own)
 
-        return self._run(work)[0]
+        return self._run("compares memory", work)[0]
 
     def close(self) -> None:
         """The end; called by all ranks."""
@@ -323,11 +345,11 @@ class Pipeline:
         self._saving.begin(self.steps)
         return self._saving
 
-    def _run(self, work: Callable[[Trainer], T]) -> list[T]:
-        """`work` for each rank of this process, by rank."""
+    def _run(self, what: str, work: Callable[[Trainer], T]) -> list[T]:
+        """`work` for each rank of this process, by rank; `what` it does, for who watches."""
 
         def of_rank(comm: Communicator) -> T:
-            with explained(self.plan, comm.rank):
+            with explained(self.plan, comm.rank), comm.doing.inside(what):
                 return work(self._trainers[comm.rank])
 
         return self._crew.run(of_rank)
@@ -374,5 +396,9 @@ class Pipeline:
         schedule = evaluation_schedule(self.job.evaluation, size)
         mine = self._crew.mine
         programs = self._crew.together(lambda: {rank: self._programs(rank, [schedule]) for rank in mine})
-        self._run(lambda trainer: trainer.prepare(size, schedule, programs[trainer.comm.rank]))
+
+        def prepare(trainer: Trainer) -> None:
+            trainer.prepare(size, schedule, programs[trainer.comm.rank])
+
+        self._run("prepares an evaluation", prepare)
         self._sizes.add(size)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .communicator import Buffer, CommunicationError, Request
+from .doing import Doing
+from .halt import halts
 
 RESERVED_TAGS = 3  # a layer that knows no negative tags adds this to every tag
 PIECES, OBJECTS, BARRIER = -1, -2, -3
@@ -24,6 +26,8 @@ class Collectives(ABC):
 
     def __init__(self) -> None:
         self._polls: list[Callable[[], bool]] = []
+        self.doing = Doing()
+        self.halt = halts(1)[0]
 
     @property
     @abstractmethod

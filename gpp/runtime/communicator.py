@@ -11,9 +11,20 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from .doing import Doing
+from .halt import Halt
+
 
 class CommunicationError(RuntimeError):
     """A message could not be sent or received, or another rank has failed."""
+
+
+class RanksLostError(CommunicationError):
+    """Ranks are gone, and it is for the others to go on without them. `ranks` are those known of."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = tuple(ranks)
+        super().__init__(f"lost {'rank' if len(self.ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,14 @@ class Communicator(Protocol):
     @property
     def size(self) -> int:
         """How many ranks there are."""
+
+    @property
+    def doing(self) -> Doing:
+        """What this rank is at, for who watches."""
+
+    @property
+    def halt(self) -> Halt:
+        """How this rank is asked to stop after a step."""
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -7,7 +7,9 @@ is done. Only this loop talks to the communicator. What an instruction reaches f
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import assert_never
 
 import numpy as np
@@ -22,6 +24,7 @@ from gpp.trace import Activity, Span
 from .binding import Arrival, Bound, Call, Departure, bind
 from .channels import Channels, Held
 from .communicator import Communicator
+from .instruction_text import instruction_text
 from .rank_state import RankState
 from .reduce import Slots
 from .results import Prediction, local_weight
@@ -73,6 +76,8 @@ class Executor:
         self.keys = tuple(dict.fromkeys(key for s in reading if pieces[s] for key in functions[s].batch_keys))
         row_of = {sample: row for row, sample in enumerate(self.rows)}
         self.program = bind(plan, schedule, comm.rank, functions, row_of)
+        self._runs = 0
+        self._text = partial(instruction_text, plan)
         self.channels = Channels(comm, schedule, list(functions.values()), staging or host_staging(device))
         self.slots = Slots()
         self.spans: list[Span] = []
@@ -98,11 +103,15 @@ class Executor:
         """Run the program once. `step` keys random numbers; `batch` holds this rank's rows. With `predict`
         the predictions of its stages are kept."""
         run = _Step(self, batch, self._positions_at(step), predict=predict)
-        with torch.no_grad():
+        doing = self.comm.doing
+        doing.step, doing.describe = step, self._text
+        first, self._runs = self._runs == 0, self._runs + 1
+        with torch.no_grad(), doing.slow_start() if first else nullcontext():
             if record:
                 self._record(run, step)
             else:
                 for instruction in self.program.instructions:
+                    doing.now(instruction)
                     run.execute(instruction)
             run.release()
         return StepOutcome(run.numbers(), run.norm, run.predictions)
@@ -111,6 +120,7 @@ class Executor:
         stage = next(iter(self.stages), -1)
         for instruction in self.program.instructions:
             start = time.perf_counter()
+            self.comm.doing.now(instruction)
             run.execute(instruction)
             stop = time.perf_counter()
             if len(self.stages) > 1:  # what is not a pass belongs to the one that ran last

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .collectives import Collectives
 from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
+from .halt import halts
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ class LoopbackWorld:
         self.size = size
         self.lock = RLock()
         self.failure: tuple[int, BaseException | str] | None = None
+        self.halts = halts(size)
         self.communicators = tuple(LoopbackCommunicator(self, rank) for rank in range(size))
         self._changed = [Condition(self.lock) for _ in range(size)]
         self._sends: dict[tuple[int, int, int], deque[LoopbackRequest]] = defaultdict(deque)
@@ -173,6 +175,7 @@ class LoopbackCommunicator(Collectives):
         super().__init__()
         self._world = world
         self._rank = rank
+        self.halt = world.halts[rank]
 
     @property
     def rank(self) -> int:
@@ -223,6 +226,7 @@ class LoopbackCommunicator(Collectives):
     def rest(self, seconds: float) -> None:
         """See `Communicator`. Messages need nobody's help here."""
         time.sleep(seconds)
+        self._world.check()
 
     def abort(self, code: int) -> NoReturn:
         """See `Communicator`."""

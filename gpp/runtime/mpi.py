@@ -1,7 +1,9 @@
 """Ranks that are MPI processes. Importing this module starts MPI: see `gpp.runtime.environment`."""
 
+import atexit
 import mmap
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,10 +14,14 @@ from weakref import WeakSet
 from torch import Tensor
 
 from .collectives import RESERVED_TAGS, Collectives
-from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
+from .communicator import Buffer, CommunicationError, RanksLostError, Request, as_bytes, wrong_size
 from .doorbell import LONG, Doorbell
 from .environment import lonely, synchronous_sends
+from .halt import Halt
 from .last_words import spoken
+from .watch import Watch, left
+from .watch_start import OFF, begin_watch
+from .watching import Rules
 
 try:
     from mpi4py import MPI
@@ -56,6 +62,10 @@ class MpiRequest:
             if self.finished and not self.sending:
                 self._check_size()
         return self.finished
+
+    def __str__(self) -> str:
+        source, target, _ = self.route
+        return f"a message to rank {target}" if self.sending else f"a message from rank {source}"
 
     def _check_size(self) -> None:
         found = self.status.Get_count(MPI.BYTE)
@@ -128,6 +138,12 @@ class MpiCommunicator(Collectives):
         node.Free()
         self._nobodys_tag = int(cast(int, MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)))
         self._going: dict[MpiRequest, None] = {}  # sends that may not have left yet
+        self.watch: Watch | None = None
+        self.watch = begin_watch(self, _end_job)
+        if self.watch is not None:
+            atexit.register(self.watch.leave)
+        if self._size > 1:
+            self.halt = Halt(_nobody_watches, lambda _: None) if self.watch is None else self.watch.halt
 
     @property
     def rank(self) -> int:
@@ -255,7 +271,9 @@ class MpiCommunicator(Collectives):
         self._bell.lie_down()
         while pending := self._unfinished(pending):
             waited = time.perf_counter() - start
+            self.doing.waits = pending
             self._bell.sleep(LONG if self._is_rung_for(pending) else min(PATIENCE * waited, LONGEST_SLEEP))
+        self.doing.waits = ()
         self._bell.get_up()
 
     def rest(self, seconds: float) -> None:
@@ -273,6 +291,8 @@ class MpiCommunicator(Collectives):
     def _unfinished(self, requests: Sequence[Request]) -> list[Request]:
         if self._polls:
             self._busy = self.poll()
+        if self.watch is not None and self.watch.lost:
+            raise RanksLostError(self.watch.lost)
         return [r for r in requests if not r.done()]
 
     def _is_rung_for(self, pending: Sequence[Request]) -> bool:
@@ -293,20 +313,48 @@ class MpiCommunicator(Collectives):
         finally:
             graph.Free()
 
+    def watch_by(self, rules: Rules, folder: Path | None = None) -> None:
+        """How patient those who watch are, on every rank alike; and the folder that reports go to."""
+        if self.watch is not None:
+            self.watch.configure(rules, folder)
+
+    def fail(self, error: str, details: str, code: int, *, shown: bool) -> NoReturn:
+        """This rank cannot go on: one report about all ranks, and the end of them. `details` says where in
+        the code it came from, for everyone to read if `shown`."""
+        if self.watch is not None:
+            self.watch.fail(error, details, code, shown=shown)
+        text = f"error: rank {self.rank}: {error}" + (f"\n{details}" if shown else "")
+        print(text, file=sys.__stderr__, flush=True)
+        self.abort(code)
+
     def abort(self, code: int) -> NoReturn:
         """See `Communicator`."""
         spoken()
-        MPI.COMM_WORLD.Abort(code)
+        _end_job(code)
         os._exit(code)  # in case the library lets the call return
 
     def close(self) -> None:
         """Give the communicator back, once nothing is under way; called by all ranks."""
+        left(self.doing)
         self.barrier()
+        if self.watch is not None:
+            atexit.unregister(self.watch.leave)
+            self.watch.close()
         self._bell.close()
         for request in self._persistent:
             request.request.Free()
         self._free_dropped()
         self._comm.Free()
+
+
+def _nobody_watches(reason: str) -> None:
+    raise CommunicationError(
+        f"{reason}: the ranks cannot agree on where to stop while nobody watches; leave {OFF}=0 away"
+    )
+
+
+def _end_job(code: int) -> None:
+    MPI.COMM_WORLD.Abort(code)
 
 
 def connect() -> MpiCommunicator:

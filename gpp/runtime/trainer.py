@@ -132,12 +132,14 @@ class Trainer:
         trace: bool = True,
         prefetch: int = 2,
         between: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        """Train steps [start, stop); `on_step` is called on rank 0 after each. The last TRACED_STEPS steps
-        are recorded if `trace`. Data are read up to `prefetch` steps ahead. `between` is called on every rank
+    ) -> int:
+        """Train steps [start, stop); `on_step` is called on rank 0 after each. Returns `stop`, or the step
+        before which all ranks stopped because one was asked to. The last TRACED_STEPS steps are recorded if
+        `trace`. Data are read up to `prefetch` steps ahead. `between` is called on every rank
         when a step is over, with the number of steps made so far."""
+        doing, halt, planned = self.comm.doing, self.comm.halt, stop
         if start >= stop:
-            return
+            return start
         runner = self._train
         rows, keys = runner.executor.rows, runner.executor.keys
         self.comm.barrier()
@@ -146,8 +148,16 @@ class Trainer:
         with Prefetcher(dataset, keys, lambda step: batches.at(step)[rows], start, stop, prefetch) as reader:
             before = time.perf_counter()
             for step in range(start, stop):
+                if not halt.may_begin(step):
+                    doing.now("is to stop, and waits until the others have said where they are")
+                    stop = min(stop, halt.last(step, self.comm.rest))
+                    if stop <= step:
+                        break
+                doing.step = step
+                doing.now("reads its samples")
                 batch = {key: packed(value, self.device) for key, value in reader.next().items()}
                 outcome = runner.executor.run(step, batch, record=trace and step >= stop - TRACED_STEPS)
+                doing.now("brings losses together")
                 terms = runner.reports.exchange(outcome)
                 if self.comm.rank == COLLECTOR:
                     now = time.perf_counter()
@@ -156,9 +166,14 @@ class Trainer:
                     on_step(self._record(step, terms, seconds))
                 if self.state is not None:
                     self.state.advance()
+                doing.now("is between two steps")
                 between(step + 1)
+        doing.now("waits until its last messages have left")
         runner.close()
+        if stop < planned:
+            self.comm.barrier()  # receives that were posted for steps to come have been taken back by now
         self._spans = runner.executor.spans
+        return stop
 
     def step(self, number: int, batch: Batch) -> StepRecord | None:
         """One training step, on this rank's rows and keys of a whole mini-batch; its record on rank 0.
@@ -169,7 +184,9 @@ class Trainer:
             self._zero = time.perf_counter()
         before = time.perf_counter()
         runner.executor.channels.open(1)
-        terms = runner.reports.exchange(runner.executor.run(number, own, record=True))
+        outcome = runner.executor.run(number, own, record=True)
+        self.comm.doing.now("brings losses together")
+        terms = runner.reports.exchange(outcome)
         runner.close()
         if self.state is not None:
             self.state.advance()

@@ -1,0 +1,340 @@
+"""A thread of every process that tells two of them, the first rank and a deputy, how it is: so that no rank
+waits for one that is gone, and one report says why a job has ended.
+
+The deputy is on another host where there is one. It takes over when the first rank is lost.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from socket import socketpair
+from typing import Any
+
+from .doing import Doing, Place
+from .halt import Board, Halt
+from .last_words import spoken
+from .sideband import Exchange, Line, Message, selector
+from .watching import Rules, Sight, Verdict, Watcher, sight_from_json, sight_to_json
+
+BEAT = 0.2  # seconds between two looks
+MANY = 64  # ranks, beyond which they speak more seldom
+NEWS = 1.0  # seconds after which a rank speaks though nothing is new
+LAST = 3.0  # seconds for the report, before a failing rank ends the job by itself
+DEEPEST = 30  # calls shown of a thread
+
+
+def hubs_of(hosts: Sequence[str]) -> tuple[int, ...]:
+    """Who watches: the first rank, and a deputy."""
+    others = [rank for rank, host in enumerate(hosts) if host != hosts[0]]
+    return (0, others[0] if others else 1) if len(hosts) > 1 else (0,)
+
+
+class Watch:
+    """One rank's. `lines` lead to those who watch, `exchange` is where they come together if that is here.
+    `abort(code)` ends the job; it is called in the watch's own thread."""
+
+    def __init__(
+        self,
+        rank: int,
+        hosts: Sequence[str],
+        doing: Doing,
+        abort: Callable[[int], None],
+        exchange: Exchange | None,
+    ) -> None:
+        self.rank = rank
+        self.lost: tuple[int, ...] = ()  # ranks that are gone, if it is for the others to go on
+        self.rules = Rules()
+        self.folder: Path | None = None  # of the report's file
+        self.halt = Halt(
+            lambda reason: self._say({"kind": "stop", "reason": reason}),
+            lambda steps: self._say({"kind": "begun", "steps": steps}),
+        )
+        self._hosts, self._doing, self._abort, self._exchange = hosts, doing, abort, exchange
+        self._hubs = hubs_of(hosts)
+        self._lines: dict[int, Line] = {}  # to those who watch, by rank
+        self._own: dict[int, Line] = {}  # of those who are watched here, by rank
+        self._watcher = Watcher(hosts, self.rules, time.monotonic()) if exchange is not None else None
+        self._board = Board(len(hosts), self._pause, self._until)
+        self._asked = False
+        self._announced: tuple[int, ...] = ()
+        self._said: tuple[Sight, float] = (Sight(count=-1), 0.0)
+        self._queue: SimpleQueue[Message] = SimpleQueue()
+        self._bell, self._ear = socketpair()
+        self._bell.setblocking(False)
+        self._closing = threading.Event()
+        self._interval = BEAT * max(1.0, len(hosts) / MANY)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; lines may be added afterwards."""
+        self._thread.start()
+
+    def add(self, hub: int, line: Line) -> None:
+        """The way to one who watches."""
+        line.partner = hub
+        self._say({"kind": "line", "hub": hub, "line": line})
+
+    def configure(self, rules: Rules, folder: Path | None = None) -> None:
+        """How patient the watch is, on every rank alike, and where the report's file goes."""
+        self.rules, self.folder = rules, folder
+        if self._watcher is not None:
+            self._watcher.rules = rules
+
+    def fail(self, error: str, details: str, code: int, *, shown: bool) -> None:
+        """This rank cannot go on: the report, and the end of the job. Returns only if nobody made them."""
+        self._say({"kind": "failed", "error": error, "details": details, "code": code, "shown": shown})
+        self._thread.join(LAST)
+
+    def leave(self) -> None:
+        """This process ends, and MPI lets it wait for the others. Who watches does so until they come too, or
+        will not."""
+        left(self._doing)
+        self._say({"kind": "sight"})
+        while self._thread.is_alive() and self._has_to_stay():
+            time.sleep(self._interval / 4)
+
+    def _has_to_stay(self) -> bool:
+        if not self._queue.empty() or self._said[0].place is not Place.LEFT:
+            return not self._closing.is_set()
+        if self._watcher is None or self._hubs[0] != self.rank:
+            return False
+        return not all(m.over or m.gone or m.sight.place is Place.LEFT for m in self._watcher.members)
+
+    def close(self) -> None:
+        """The job ends well for this rank: called by all ranks, after the last message."""
+        self._say({"kind": "over"})
+        self._closing.set()
+        self._thread.join(LAST)
+
+    # What follows runs in the watch's own thread, but for `_say`.
+
+    def _say(self, message: Message) -> None:
+        self._queue.put(message)
+        try:
+            self._bell.send(b"!")
+        except OSError:  # full: it is awake; or closed
+            pass
+
+    def _run(self) -> None:
+        with selector() as ready:
+            ready.register(self._ear, 1)
+            if self._exchange is not None:
+                ready.register(self._exchange, 1)
+            while not (self._closing.is_set() and self._queue.empty()):
+                for key, _ in ready.select(self._interval):
+                    self._take(key.fileobj, ready)
+                while True:
+                    try:
+                        self._deal(self._queue.get_nowait(), ready)
+                    except Empty:
+                        break
+                self._beat()
+                self._look()
+        for line in (*self._lines.values(), *self._own.values()):
+            line.close()
+        if self._exchange is not None:
+            self._exchange.close()
+        self._bell.close()
+        self._ear.close()
+
+    def _take(self, source: Any, ready: Any) -> None:
+        if source is self._ear:
+            self._ear.recv(4096)
+        elif isinstance(source, Exchange):
+            line = source.accept()
+            if line is not None:
+                self._own[line.partner] = line
+                ready.register(line, 1)
+        elif isinstance(source, Line):
+            for message in source.read():
+                if self._own.get(source.partner) is source:
+                    self._hear(source.partner, message)
+                else:
+                    self._obey(source, message)
+            if not source.open:
+                self._broken(source, ready)
+
+    def _broken(self, line: Line, ready: Any) -> None:
+        for key in list(ready.get_map().values()):
+            if key.fileobj is line:
+                ready.unregister(line)
+        if self._own.get(line.partner) is line:
+            del self._own[line.partner]
+            if self._watcher is not None:
+                self._watcher.ended(line.partner, time.monotonic())
+            return
+        hub = next((hub for hub, known in self._lines.items() if known is line), None)
+        if hub is not None:
+            del self._lines[hub]
+            if not self._lines and not self._closing.is_set():
+                self._alone()
+
+    def _alone(self) -> None:
+        """Those who watch are gone."""
+        if self.rules.elastic:
+            self.lost = self._hubs
+            return
+        print(
+            f"error: rank {self.rank}: ranks {' and '.join(map(str, self._hubs))}, which watch over the job, "
+            "are gone: it ends",
+            file=sys.__stderr__,
+            flush=True,
+        )
+        self._end(1)
+
+    def _deal(self, message: Message, ready: Any) -> None:
+        """What this process's other threads say."""
+        match message["kind"]:
+            case "line":
+                self._lines[message["hub"]] = message["line"]
+                ready.register(message["line"], 1)
+            case "over":
+                for line in self._lines.values():
+                    line.send(message)
+                for line in self._own.values():
+                    line.send({"kind": "closing"})
+            case "sight":
+                pass  # it woke up, and says it anyway
+            case "failed":
+                self._tell({**message, "sight": sight_to_json(self._sight())})
+            case _:
+                self._tell(message)
+
+    def _tell(self, message: Message) -> None:
+        """Say something to the first who watches and is there."""
+        hub = next((hub for hub in self._hubs if hub in self._lines), None)
+        if hub is not None:
+            self._lines[hub].send(message)
+
+    def _beat(self) -> None:
+        sight, now = self._sight(), time.monotonic()
+        if sight != self._said[0] or now - self._said[1] >= NEWS:
+            self._said = sight, now
+            for line in self._lines.values():
+                line.send({"kind": "sight", "sight": sight_to_json(sight)})
+
+    def _sight(self) -> Sight:
+        doing = self._doing
+        return Sight(doing.count, doing.place, bool(doing.waits), doing.text(), doing.stages, doing.patience)
+
+    def _obey(self, line: Line, message: Message) -> None:
+        """What one who watches says."""
+        match message.get("kind"):
+            case "explain":
+                line.send({"kind": "explained", "sight": sight_to_json(self._sight()), "traces": traces()})
+            case "lost":
+                self.lost = tuple(message["ranks"])
+            case "pause":
+                self.halt.paused(message["reason"])
+            case "until":
+                self.halt.until(message["steps"])
+            case "end":
+                self._end(message["code"])
+            case "closing":
+                self._closing.set()  # before it hangs up: it is not lost
+            case _:
+                pass
+
+    def _hear(self, rank: int, message: Message) -> None:
+        """What one who is watched says."""
+        watcher, now = self._watcher, time.monotonic()
+        assert watcher is not None
+        match message.get("kind"):
+            case "sight":
+                watcher.saw(rank, sight_from_json(message["sight"]), now)
+            case "explained":
+                watcher.explained(rank, sight_from_json(message["sight"]), message["traces"], now)
+            case "failed":
+                watcher.explained(rank, sight_from_json(message["sight"]), message["details"], now)
+                watcher.failed(rank, message["error"], message["code"], now, shown=message["shown"])
+            case "over":
+                watcher.members[rank].over = True
+            case "stop":
+                self._board.ask(message["reason"])
+            case "begun":
+                self._board.begun(rank, message["steps"])
+            case _:
+                pass
+
+    def _look(self) -> None:
+        """What whoever watches does with what it knows, if nobody before it is there to do so."""
+        watcher = self._watcher
+        if watcher is None or self._closing.is_set():
+            return
+        first = next((hub for hub in self._hubs if not watcher.members[hub].gone), None)
+        if first != self.rank:
+            return
+        watcher.tick(time.monotonic())
+        if watcher.lost != self._announced:
+            self._announced = watcher.lost
+            self._to_all({"kind": "lost", "ranks": watcher.lost})
+        if watcher.is_asking and not self._asked:
+            self._asked = True
+            self._to_all({"kind": "explain"})
+        if watcher.verdict is not None:
+            self._report(watcher.verdict)
+            self._to_all({"kind": "end", "code": watcher.verdict.code})
+            self._end(watcher.verdict.code)
+
+    def _pause(self, reason: str) -> None:
+        self._to_all({"kind": "pause", "reason": reason})
+
+    def _until(self, steps: int) -> None:
+        self._to_all({"kind": "until", "steps": steps})
+
+    def _to_all(self, message: Message) -> None:
+        for line in list(self._own.values()):
+            line.send(message)
+
+    def _report(self, verdict: Verdict) -> None:
+        text = f"error: {verdict.text}"
+        if verdict.traces and self.folder is not None:
+            file = self.folder / "failure.txt"
+            try:
+                file.write_text(f"{text}\n\n{verdict.traces}")
+                text += f"\nwhere each rank was in the code: {file}"
+            except OSError:
+                text += f"\n\n{verdict.traces}"
+        elif verdict.traces:
+            text += f"\n\n{verdict.traces}"
+        print(text, file=sys.__stderr__, flush=True)
+
+    def _end(self, code: int) -> None:
+        """End this process, and the job if this is who watches."""
+        watches = self._watcher is not None and all(
+            self._watcher.members[hub].gone for hub in self._hubs[: self._hubs.index(self.rank)]
+        )
+        spoken()
+        if watches:
+            threading.Timer(1.0, os._exit, (code,)).start()  # in case the library does not return
+            self._abort(code)
+        os._exit(code)
+
+
+def traces(error: BaseException | None = None) -> str:
+    """Where the threads of this process are in the code; of a failure, where it came from."""
+    if error is not None:
+        return "".join(traceback.format_exception(error))
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    own, parts = threading.get_ident(), []
+    for ident, frame in sys._current_frames().items():
+        if ident != own:
+            where = "".join(traceback.format_stack(frame)[-DEEPEST:])
+            parts.append(f"thread {names.get(ident, ident)}:\n{where}")
+    return "".join(parts)
+
+
+def left(doing: Doing) -> None:
+    """This process will send no more messages."""
+    doing.place = Place.LEFT
+    doing.now("has left the pipeline")
+
+
+def rules_from(found: Mapping[str, Any]) -> Rules:
+    """Rules from keyword arguments that may be None, which means the default."""
+    return Rules(**{key: value for key, value in found.items() if value is not None})
