@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from .elastic import is_wanted
+
 CHECKOUT = Path(__file__).parents[1]
 SYSTEM = Path("/sys/devices/system/cpu")
 COMMANDS = (
@@ -56,6 +58,7 @@ def assemble(
             flags += ["--map-by", f"slot:PE={threads}", "--bind-to", "core:if-supported"]
         else:
             flags += ["--oversubscribe", "--bind-to", "none"]
+        flags += ["--with-ft", "ulfm"] if is_wanted(overrides) else []
         for name in ("PYTHONPATH", "OMP_NUM_THREADS"):  # to other hosts too
             flags += ["-x", name] if name in {*added, *machine.environment} else []
     return (

@@ -52,6 +52,7 @@ class TrainSettings:
     held_out: float
     log_every: int
     prefetch: int
+    elastic: bool
     silence: float
     preempted_exit: int | None
     checkpoint_every: int | None
@@ -171,6 +172,7 @@ def train_settings(config: DictConfig) -> TrainSettings:
         held_out=share,
         log_every=whole(config, "train.log_every", 1),
         prefetch=whole(config, "train.prefetch", 1),
+        elastic=_switch(config, "train.elastic"),
         silence=number(config, "train.silence", above=0.0),
         preempted_exit=_exit_code(config),
         checkpoint_every=_optional_whole(config, "train.checkpoint_every", 1),

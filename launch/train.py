@@ -32,16 +32,35 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         return
     from gpp.runtime.loopback import LoopbackWorld
 
+    from .elastic import without
     from .preemption import listening
 
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
+    folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
     with listening(comm.rank) as listener:
-        _train(config, mpi, comm, listener)
+        while True:
+            try:
+                _train(config, mpi, comm, listener, folder)
+                return
+            except Exception as error:
+                lost = mpi.lost_behind(error) if mpi is not None else ()
+                if mpi is None or not lost:
+                    raise
+            comm = mpi = mpi.survivors()
+            config = without(config, lost, mpi)
 
 
 def _train(
-    config: DictConfig, mpi: "MpiCommunicator | None", comm: "Communicator", listener: "Listener"
+    config: DictConfig,
+    mpi: "MpiCommunicator | None",
+    comm: "Communicator",
+    listener: "Listener",
+    folder: Path,
 ) -> None:
+    """From a configuration to results; called by all ranks together."""
+    from gpp.runtime.watching import Rules
+
+    from .elastic import check_elastic
     from .guard import together
     from .job import GuardedCrew, pipeline_of, prepare
     from .kernels import kernels_name, write_reports
@@ -49,12 +68,10 @@ def _train(
     from .settings import train_settings
     from .transport import process_groups, staging_of
 
-    folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
     settings = together(comm, lambda: train_settings(config))
+    together(comm, lambda: check_elastic(settings, mpi))
     if mpi is not None:
-        from gpp.runtime.watching import Rules
-
-        mpi.watch_by(Rules(silence=settings.silence, strict=True), folder)
+        mpi.watch_by(Rules(settings.silence, strict=True, elastic=settings.elastic), folder)
     alone = mpi is None
     staging = together(comm, lambda: staging_of(config, comm, alone=alone))
     source = together(comm, lambda: comm.broadcast_object(lambda: begins_from(settings, folder)))

@@ -133,12 +133,18 @@ class Saving:
 
     def finish(self, rank: int) -> None:
         """Until a rank's part is on disk; on rank 0 until the whole checkpoint is."""
-        self._writers[rank].wait()
+        self._writers[rank].wait(self._crew.comm.check)
 
     def give_up(self) -> None:
         """The ranks are failing: wait for none of them."""
         for writer in self._writers.values():
             writer.give_up()
+
+    def abandon(self) -> None:
+        """Others may write here from now on: what these writers have begun is over, and not whole."""
+        self.give_up()
+        for writer in self._writers.values():
+            writer.begin_anew()
 
     def save(self, steps: int) -> None:
         """Write a checkpoint, and wait until it is on disk; called by all ranks together, after `begin`."""
@@ -162,7 +168,7 @@ class Saving:
 
     def _write(self, rank: int, steps: int) -> None:
         writer = self._writers[rank]
-        writer.wait()  # before another copy of the weights is made
+        writer.wait(self._crew.comm.check)  # before another copy of the weights is made
         texts = self.checkpoints.texts if rank == 0 else {}
         writer.write(contents(self._states[rank], self._shares, rank, texts), replace(self._base, step=steps))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpp.plan import Plan
 from gpp.program.build import Hooks
 from gpp.program.stage import StageProgram
-from gpp.runtime.communicator import Communicator
+from gpp.runtime.communicator import Communicator, RanksLostError
 from gpp.runtime.data import Batches, Dataset, evaluation_batches
 from gpp.runtime.memory import peak, start_of_peak
 from gpp.runtime.out_of_memory import explained
@@ -226,6 +226,9 @@ class Pipeline:
                 if made < stop:
                     saving.at_stop(rank, made)
                 saving.finish(rank)
+            except RanksLostError:
+                saving.abandon()  # those who are left go on in the same folder
+                raise
             except BaseException:
                 saving.give_up()  # threads of this process must not wait for this rank's part
                 raise

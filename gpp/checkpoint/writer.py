@@ -4,7 +4,7 @@ Each rank forces its files to disk and then says so by a part-R.json; rank 0 wai
 writes the manifest, and gives the folder its name. A crash before that leaves a folder that nobody reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
@@ -26,6 +26,7 @@ from .manifest import (
 )
 from .tensors import CheckpointError, write_tensors, write_text
 
+LOOK = 0.05  # seconds between two looks at whether it is worth to wait
 POLL = 0.02  # seconds between two looks for the other ranks' parts
 
 
@@ -70,11 +71,15 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def wait(self) -> None:
-        """Until what was begun is on disk: on rank 0 the whole checkpoint, elsewhere the rank's own part."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def wait(self, look: Callable[[], None] = lambda: None) -> None:
+        """Until what was begun is on disk: on rank 0 the whole checkpoint, elsewhere the rank's own part.
+        `look` is called now and then; what it raises ends the waiting."""
+        while self._thread is not None:
+            self._thread.join(LOOK)
+            if self._thread.is_alive():
+                look()
+            else:
+                self._thread = None
         self.check()
 
     def wait_for_part(self) -> None:

@@ -125,6 +125,10 @@ class Communicator(Protocol):
     def wait(self, requests: Sequence[Request]) -> None:
         """Wait until all are done, giving the processor away while idle. Raises CommunicationError."""
 
+    def check(self) -> None:
+        """Raise CommunicationError if ranks are known to have failed: for who waits for other things than
+        messages."""
+
     def rest(self, seconds: float) -> None:
         """Let so much time pass while messages get on: what a host does whose device computes."""
 

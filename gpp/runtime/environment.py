@@ -81,6 +81,11 @@ def lonely(environment: Mapping[str, str] = os.environ, size: int = 1) -> str | 
     )
 
 
+def fault_tolerance(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Open MPI lets ranks die: `mpirun --with-ft ulfm`."""
+    return environment.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "t", "true")
+
+
 def synchronous_sends(environment: Mapping[str, str] = os.environ) -> bool:
     """GPP_SYNCHRONOUS_SENDS=1, an aid to debugging: every send is done only when it has been received,
     whatever room the MPI library has. Raises ValueError for other values than 0 and 1."""

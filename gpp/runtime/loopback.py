@@ -223,10 +223,14 @@ class LoopbackCommunicator(Collectives):
         """See `Communicator`."""
         self._world.wait(self.rank, cast(Sequence[LoopbackRequest], requests), self.poll)
 
+    def check(self) -> None:
+        """See `Communicator`."""
+        self._world.check()
+
     def rest(self, seconds: float) -> None:
         """See `Communicator`. Messages need nobody's help here."""
         time.sleep(seconds)
-        self._world.check()
+        self.check()
 
     def abort(self, code: int) -> NoReturn:
         """See `Communicator`."""

@@ -14,7 +14,7 @@ from weakref import WeakSet
 from torch import Tensor
 
 from .collectives import RESERVED_TAGS, Collectives
-from .communicator import Buffer, CommunicationError, RanksLostError, Request, as_bytes, wrong_size
+from .communicator import Buffer, CommunicationError, RanksLostError, Request, as_bytes
 from .doorbell import LONG, Doorbell
 from .environment import lonely, synchronous_sends
 from .halt import Halt
@@ -30,84 +30,16 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
         f"MPI cannot be loaded ({error}); install the extra `gpp[mpi]`, or mpi4py built for the site's MPI"
     ) from error
 
+from .mpi_requests import MpiRequest, PersistentMpiRequest, failed
+
 SPIN = 20e-3  # seconds of polling before a waiting rank sleeps
 CROWD = 4  # ranks for each processor of the host; with more of them polling is what takes the time,
 BRIEF = 50e-6  # so that they poll no longer than this
 BUSY = 25e-6  # a yield that takes so long: somebody else wants the processor, and polling ends at once
 LONGEST_SLEEP = 500e-6  # where nobody rings: other hosts, and what goes out, which MPI pushes on when polled
+SAID_WITHIN = 5.0  # seconds from an error of MPI to knowing who is gone
 MANY = 8  # sends under way: then it is time to see which have left
 PATIENCE = 0.1  # then sleep this part of the time waited so far: noticed at most so much too late
-
-
-class MpiRequest:
-    """A message under way between processes; keeps its buffer alive."""
-
-    def __init__(self, request: MPI.Request, buffer: Buffer, route: tuple[int, int, int], sending: bool):
-        self.request = request
-        self.buffer = buffer
-        self.route = route  # source, target, tag
-        self.sending = sending
-        self.finished = False
-        self.status = MPI.Status()
-        self.size = buffer.bytes.numel()
-
-    def done(self) -> bool:
-        """See `Request`."""
-        if not self.finished:
-            try:
-                self.finished = self.request.Test(self.status)
-            except MPI.Exception as error:
-                self.finished = True
-                raise _failed(error, self.route) from error
-            if self.finished and not self.sending:
-                self._check_size()
-        return self.finished
-
-    def __str__(self) -> str:
-        source, target, _ = self.route
-        return f"a message to rank {target}" if self.sending else f"a message from rank {source}"
-
-    def _check_size(self) -> None:
-        found = self.status.Get_count(MPI.BYTE)
-        if found != self.size:
-            raise wrong_size(self.route, found, self.size)
-
-
-class PersistentMpiRequest(MpiRequest):
-    """One of MPI's persistent requests. The communicator frees it: when it closes, or sooner if nobody else
-    has any use for it."""
-
-    def __init__(
-        self,
-        owner: "MpiCommunicator",
-        request: MPI.Request,
-        buffer: Buffer,
-        route: tuple[int, int, int],
-        sending: bool,
-    ):
-        super().__init__(request, buffer, route, sending)
-        self.owner = owner
-        self.finished = True
-
-    def start(self) -> None:
-        """See `PersistentRequest`."""
-        if not self.finished:
-            source, target, tag = self.route
-            raise CommunicationError(
-                f"the message from rank {source} to rank {target} with tag {tag} is still under way: wait "
-                "for it before it is started again"
-            )
-        self.finished = False
-        try:
-            cast(MPI.Prequest, self.request).Start()
-        except MPI.Exception as error:
-            raise _failed(error, self.route) from error
-        if self.sending:
-            self.owner.follow(self)
-
-    def __del__(self) -> None:
-        if self.finished:  # freed later: this may be another thread, where MPI is not to be called
-            self.owner.dropped.append(self.request)
 
 
 class MpiCommunicator(Collectives):
@@ -124,6 +56,8 @@ class MpiCommunicator(Collectives):
         self._comm = comm
         self._synchronous = synchronous
         self.device_memory = False
+        self._job = job
+        self._before: object = None  # what a communicator that lost ranks has left
         self._busy = False  # with what is polled beside messages
         self.dropped: list[MPI.Request] = []  # persistent requests that nobody has any more
         self._persistent: WeakSet[PersistentMpiRequest] = WeakSet()
@@ -181,7 +115,7 @@ class MpiCommunicator(Collectives):
         try:
             request = send(message.handle, target, tag + RESERVED_TAGS)
         except MPI.Exception as error:
-            raise _failed(error, route) from error
+            raise failed(error, route) from error
         sent = MpiRequest(request, message, route, sending=True)
         self.follow(sent)
         return sent
@@ -194,7 +128,7 @@ class MpiCommunicator(Collectives):
         try:
             request = self._comm.Irecv(message.handle, source, tag + RESERVED_TAGS)
         except MPI.Exception as error:
-            raise _failed(error, route) from error
+            raise failed(error, route) from error
         return MpiRequest(request, message, route, sending=False)
 
     def send_init(self, buffer: Tensor | Buffer, target: int, tag: int) -> PersistentMpiRequest:
@@ -205,7 +139,7 @@ class MpiCommunicator(Collectives):
         try:
             request = make(message.handle, target, tag + RESERVED_TAGS)
         except MPI.Exception as error:
-            raise _failed(error, route) from error
+            raise failed(error, route) from error
         return self._kept(PersistentMpiRequest(self, request, message, route, sending=True))
 
     def recv_init(self, buffer: Tensor | Buffer, source: int, tag: int) -> PersistentMpiRequest:
@@ -215,7 +149,7 @@ class MpiCommunicator(Collectives):
         try:
             request = self._comm.Recv_init(message.handle, source, tag + RESERVED_TAGS)
         except MPI.Exception as error:
-            raise _failed(error, route) from error
+            raise failed(error, route) from error
         return self._kept(PersistentMpiRequest(self, request, message, route, sending=False))
 
     def _kept(self, made: PersistentMpiRequest) -> PersistentMpiRequest:
@@ -291,8 +225,7 @@ class MpiCommunicator(Collectives):
     def _unfinished(self, requests: Sequence[Request]) -> list[Request]:
         if self._polls:
             self._busy = self.poll()
-        if self.watch is not None and self.watch.lost:
-            raise RanksLostError(self.watch.lost)
+        self.check()
         return [r for r in requests if not r.done()]
 
     def _is_rung_for(self, pending: Sequence[Request]) -> bool:
@@ -312,6 +245,41 @@ class MpiCommunicator(Collectives):
             return list(graph.neighbor_alltoall(list(objects)))
         finally:
             graph.Free()
+
+    def check(self) -> None:
+        """See `Communicator`."""
+        if self.watch is not None and self.watch.lost:
+            raise RanksLostError(self.watch.lost)
+
+    def lost_behind(self, error: Exception) -> tuple[int, ...]:
+        """The ranks whose death an error comes from, none if it has another cause or deaths end the job. MPI
+        may fail before who watches has said why."""
+        if self.watch is None or not self.watch.rules.elastic:
+            return ()
+        patience = SAID_WITHIN if isinstance(error, CommunicationError | MPI.Exception) else 0.0
+        end = time.monotonic() + patience
+        while not self.watch.lost and time.monotonic() < end:
+            time.sleep(LONG)
+        return self.watch.lost
+
+    def survivors(self) -> "MpiCommunicator":
+        """A communicator of those who are left, in their order; called by all of them, when each has seen
+        that ranks are lost. This one is not to be used any more. Needs MPI's fault tolerance (ULFM)."""
+        self.doing.now("looks for who is left")
+        left_ones = cast(MPI.Intracomm, self._comm.Shrink())
+        ranks = left_ones.allgather(self._rank)
+        hosts = tuple(self._hosts[rank] for rank in ranks)
+        made = MpiCommunicator(left_ones, hosts, f"{self._job}+{self._size}", synchronous=self._synchronous)
+        made.device_memory = self.device_memory
+        made._before = (
+            self,
+            list(self._persistent),
+            list(self._going),
+        )  # MPI may still write to their memory
+        if self.watch is not None:
+            atexit.unregister(self.watch.leave)
+            self.watch.close()
+        return made
 
     def watch_by(self, rules: Rules, folder: Path | None = None) -> None:
         """How patient those who watch are, on every rank alike; and the folder that reports go to."""
@@ -408,11 +376,4 @@ def _distinct(nodes: tuple[int, ...], names: tuple[str, ...]) -> tuple[str, ...]
         owner.setdefault(name, node)
     return tuple(
         name if owner[name] == node else f"{name}#{node}" for node, name in zip(nodes, names, strict=True)
-    )
-
-
-def _failed(error: MPI.Exception, route: tuple[int, int, int]) -> CommunicationError:
-    source, target, tag = route
-    return CommunicationError(
-        f"the message from rank {source} to rank {target} with tag {tag} failed: {error.Get_error_string()}"
     )

@@ -1,0 +1,57 @@
+"""train.elastic=true: when ranks die, those who are left plan for themselves and go on from a checkpoint.
+
+Open MPI's fault tolerance (ULFM) keeps them alive and gives them a communicator of their own. Only deaths are
+survived: an exception would come again.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from gpp.runtime.environment import fault_tolerance
+
+from .settings import SettingsError, TrainSettings
+
+if TYPE_CHECKING:
+    from gpp.runtime.mpi import MpiCommunicator
+
+
+def check_elastic(settings: TrainSettings, mpi: "MpiCommunicator | None") -> None:
+    """Raise SettingsError where the job could not go on without a rank."""
+    if not settings.elastic:
+        return
+    if settings.checkpoint_every is None:
+        raise SettingsError(
+            "train.elastic=true goes on from checkpoints, and none are written: set train.checkpoint_every"
+        )
+    if mpi is None:
+        raise SettingsError("train.elastic=true is for ranks of their own: start it with launch.mpirun")
+    if mpi.size > 1 and (mpi.watch is None or not fault_tolerance()):
+        raise SettingsError(
+            "train.elastic=true needs an MPI that lets ranks die: Open MPI 5, started with `mpirun --with-ft "
+            "ulfm` (launch.mpirun does so by itself), and not GPP_WATCH=0"
+        )
+
+
+def without(config: DictConfig, lost: tuple[int, ...], mpi: "MpiCommunicator") -> DictConfig:
+    """The configuration of those who are left: as many devices as they are, a plan of their own, and from the
+    newest checkpoint. `mpi` is their communicator; its first rank speaks for them from now on."""
+    if mpi.rank == 0:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        ranks = f"{'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}"
+        print(f"lost {ranks}: {mpi.size} ranks go on, renumbered from 0", flush=True)
+    found = config.copy()
+    devices = OmegaConf.select(config, "cluster.devices")
+    changes: dict[str, object] = {"train.resume": "auto", "plan": None}
+    if isinstance(devices, int) and devices > mpi.size:
+        changes["cluster.devices"] = mpi.size
+    for key, value in changes.items():
+        OmegaConf.update(found, key, value)
+    return found
+
+
+def is_wanted(overrides: Sequence[str]) -> bool:
+    """Whether a command line asks for it, so that mpirun must let ranks die."""
+    return any(text.lstrip("+").lower() == "train.elastic=true" for text in overrides)
