@@ -26,7 +26,7 @@ T = TypeVar("T")
 # What a user can mend; anything else is a fault of this program and shows its traceback.
 _EXPECTED = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
 # By name, since importing them would import torch.
-_EXPECTED_NAMES = ("DisagreementError", "CommunicationError", "DeviceMemoryError")
+_EXPECTED_NAMES = ("DisagreementError", "CommunicationError", "StalledError", "DeviceMemoryError")
 
 # Lines of Hydra's messages that say nothing about the mistake.
 _NOISE = ("Config search path", "provider=", "full_key:", "object_type=", "See https://hydra.cc")
@@ -113,7 +113,7 @@ def explain(problem: BaseException) -> str:
     if isinstance(problem, SystemExit):
         return f"something called sys.exit({problem.code!r}); an exception would say why"
     if isinstance(problem, _EXPECTED) or type(problem).__name__ in _EXPECTED_NAMES:
-        return str(problem) or type(problem).__name__
+        return "\n".join([str(problem) or type(problem).__name__, *getattr(problem, "__notes__", ())])
     return "".join(traceback.format_exception(problem)).rstrip()
 
 

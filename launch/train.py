@@ -70,8 +70,8 @@ def _train(
 
     settings = together(comm, lambda: train_settings(config))
     together(comm, lambda: check_elastic(settings, mpi))
-    if mpi is not None:
-        mpi.watch_by(Rules(settings.silence, strict=True, elastic=settings.elastic), folder)
+    rules = Rules(settings.silence, strict=True, elastic=settings.elastic)
+    comm.watch_by(rules, folder)
     alone = mpi is None
     staging = together(comm, lambda: staging_of(config, comm, alone=alone))
     source = together(comm, lambda: comm.broadcast_object(lambda: begins_from(settings, folder)))
@@ -83,6 +83,7 @@ def _train(
     make_sum = None if groups is None else groups.make_sum
     fused: list[FuseReport] = []
     crew = GuardedCrew(mpi, ranks)
+    crew.comm.watch_by(rules, folder)
     pipeline = pipeline_of(config, job, initialised, crew, staging, make_sum, fused.append)
     del initialised  # the whole model's weights: each stage has its own by now
     if kernels_name(config, job.material.device) == "triton":

@@ -98,9 +98,7 @@ class Pipeline:
         self._sizes = set(job.lowered.evaluate)
 
         def trainer(comm: Communicator) -> Trainer:
-            comm.doing.stages = ", ".join(
-                job.plan.stage_graph.stages[stage].name for stage in job.plan.residents.get(comm.rank, ())
-            )
+            comm.doing.stages = [_stage_names(job.plan, rank) for rank in range(comm.size)]
             comm.doing.compiles = hooks is not None
             with explained(job.plan, comm.rank):
                 return Trainer(
@@ -405,3 +403,7 @@ class Pipeline:
 
         self._run("prepares an evaluation", prepare)
         self._sizes.add(size)
+
+
+def _stage_names(plan: Plan, rank: int) -> str:
+    return ", ".join(plan.stage_graph.stages[stage].name for stage in plan.residents.get(rank, ()))

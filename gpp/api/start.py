@@ -20,6 +20,7 @@ from gpp.runtime.communicator import as_bytes
 from gpp.runtime.environment import local_rank
 from gpp.runtime.staging import OnDevice, Staging, host_staging
 from gpp.runtime.state import MakeOptimizer, MakeScheduler
+from gpp.runtime.watching import Rules
 from gpp.topology import DeviceTopology
 
 from .capture import capture
@@ -63,6 +64,7 @@ def pipeline(
     transport: Literal["host", "device"] = "host",
     seed: int = 0,
     verify: bool = True,
+    silence: float = 300.0,
     hooks: Hooks | None = None,
     **choices: Any,
 ) -> Pipeline:
@@ -80,6 +82,9 @@ def pipeline(
     describes them (None: cores of one host). `plan` is a plan to run, or makes one on rank 0; without it
     `planner`, `micro_batch`, `schedule`, `max_replicas`, `constraints`, `costs` and `choices` say how it is
     made, see `gpp.api.plan.plan`.
+
+    `silence`: seconds without a sign of life, of a rank or inside a call of all of them, after which the job
+    is ended with a report of what each rank was at.
 
     `clip_norm`, `log_norm` and `ema`: see `gpp.api.job.Training`. `hooks` rewrite and compile the stages.
     `transport`: messages of CUDA devices go through pinned host memory, or with "device" straight to an MPI
@@ -104,6 +109,7 @@ def pipeline(
     comm = connected()
     count = _devices(devices, cluster, plan, None if comm is None else comm.size)
     crew = Crew(comm, count, comm)
+    crew.comm.watch_by(Rules(silence))
     if not crew.alone:
         asked = (mini_batch, clip_norm, log_norm, ema, precision, transport, seed, count, plan is None)
         what = "mini_batch, clip_norm, log_norm, ema, precision, transport, seed, devices or plan"

@@ -6,6 +6,7 @@ synchronous: one is done only when a matching receive has taken it. Rank r is de
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .doing import Doing
 from .halt import Halt
+from .watching import Rules
 
 
 class CommunicationError(RuntimeError):
@@ -124,6 +126,10 @@ class Communicator(Protocol):
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Wait until all are done, giving the processor away while idle. Raises CommunicationError."""
+
+    def watch_by(self, rules: Rules, folder: Path | None = None) -> None:
+        """How patient those who watch over the ranks are, the same on all; and the folder that reports go
+        to."""
 
     def check(self) -> None:
         """Raise CommunicationError if ranks are known to have failed: for who waits for other things than

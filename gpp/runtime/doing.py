@@ -33,7 +33,7 @@ class Doing:
         self.step: int | None = None
         self.describe: Callable[[Any], str] = str
         self.place = Place.SETUP
-        self.stages = ""  # names of the rank's own
+        self.stages: Sequence[str] = ()  # the names of each rank's stages, if they are known
         self.compiles = False  # the first run of a schedule takes long
         self.patience = 1.0
         self.waits: Sequence[Any] = ()
@@ -59,12 +59,13 @@ class Doing:
         yield
         self.place = Place.OUTSIDE if before is Place.SETUP else before
         self.step = None
-        self.now("is in the program that calls the pipeline")
+        self.now("in the program that calls the pipeline")
 
     def text(self) -> str:
         """What the rank is at, as a clause without its subject."""
         what, step = self.what, self.step
         said = what if isinstance(what, str) else self.describe(what)
         if isinstance(what, str) and (waits := self.waits):
-            said = f"{said}: {waits[0]}" + (f" and {len(waits) - 1} more" if len(waits) > 1 else "")
+            more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
+            said = f"{said}, waits for {waits[0]}{more}"
         return said if step is None else f"step {step}: {said}"

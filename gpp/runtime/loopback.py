@@ -9,6 +9,7 @@ import socket
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from threading import Condition, RLock, Thread
 from typing import NoReturn, TypeVar, cast
 
@@ -18,9 +19,12 @@ from torch import Tensor
 from .collectives import Collectives
 from .communicator import Buffer, CommunicationError, Request, as_bytes, wrong_size
 from .halt import halts
+from .watch import traces, written
+from .watching import Rules, Watcher, sight_of
 
 T = TypeVar("T")
 
+GLANCE = 0.2  # seconds between two looks at whether anything moves
 LOOK = 1e-4  # seconds between two looks at what a waiting rank has to do beside messages
 
 
@@ -74,6 +78,8 @@ class LoopbackWorld:
         self.lock = RLock()
         self.failure: tuple[int, BaseException | str] | None = None
         self.halts = halts(size)
+        self.rules = Rules()
+        self.folder: Path | None = None
         self.communicators = tuple(LoopbackCommunicator(self, rank) for rank in range(size))
         self._changed = [Condition(self.lock) for _ in range(size)]
         self._sends: dict[tuple[int, int, int], deque[LoopbackRequest]] = defaultdict(deque)
@@ -152,11 +158,12 @@ class LoopbackWorld:
                     if poll():
                         self._changed[rank].wait(LOOK)
                         continue
-                    self._waiting[rank] = requests
+                    self._waiting[rank] = self.communicators[rank].doing.waits = requests
                     self._check_deadlock()
                     self._changed[rank].wait()
             finally:
                 self._waiting.pop(rank, None)
+                self.communicators[rank].doing.waits = ()
 
     def _check_deadlock(self) -> None:
         stuck = {r: [q for q in self._waiting.get(r, ()) if not q.finished] for r in sorted(self._running)}
@@ -223,6 +230,10 @@ class LoopbackCommunicator(Collectives):
         """See `Communicator`."""
         self._world.wait(self.rank, cast(Sequence[LoopbackRequest], requests), self.poll)
 
+    def watch_by(self, rules: Rules, folder: Path | None = None) -> None:
+        """See `Communicator`."""
+        self._world.rules, self._world.folder = rules, folder
+
     def check(self) -> None:
         """See `Communicator`."""
         self._world.check()
@@ -276,8 +287,9 @@ def run(
     for worker in workers:
         worker.start()
     try:
-        for worker in workers:
-            worker.join()
+        _watched(world, workers)
+    except StalledError:
+        raise  # threads that hang are left to the end of the process
     except BaseException as error:  # Ctrl-C reaches this thread alone
         world.fail(-1, error)
         for worker in workers:
@@ -286,11 +298,40 @@ def run(
     return _results(world, results)
 
 
+class StalledError(CommunicationError):
+    """Nothing moves any more; the text says what each rank was at, and where."""
+
+
+def _watched(world: LoopbackWorld, workers: Sequence[Thread]) -> None:
+    """Wait for all, as long as something moves."""
+    watcher = Watcher([socket.gethostname()] * world.size, world.rules, time.monotonic())
+    for worker in workers:
+        while worker.is_alive():
+            worker.join(GLANCE)
+            now = time.monotonic()
+            for other, communicator in zip(workers, world.communicators, strict=True):
+                watcher.saw(communicator.rank, sight_of(communicator.doing), now)
+                watcher.members[communicator.rank].over = not other.is_alive()
+                watcher.stages = communicator.doing.stages
+            watcher.tick(now)
+            if watcher.is_asking and world.failure is None:
+                for other, communicator in zip(workers, world.communicators, strict=True):
+                    sight = sight_of(communicator.doing)
+                    watcher.explained(communicator.rank, sight, traces(only=other.ident), now)
+                watcher.tick(now)
+                if watcher.verdict is not None:
+                    error = StalledError(written(watcher.verdict, world.folder))
+                    world.fail(-1, error)
+                    raise error
+
+
 def _results(world: LoopbackWorld, results: Mapping[int, T]) -> list[T]:
     if world.failure is not None:
         rank, error = world.failure
         if isinstance(error, BaseException):
-            error.add_note(f"raised by rank {rank} of {world.size}")
+            doing = world.communicators[rank].doing
+            stages = f" ({doing.stages[rank]})" if rank < len(doing.stages) else ""
+            error.add_note(f"raised by rank {rank} of {world.size}{stages}: {doing.text()}")
             raise error
         world.check()
     return [results[rank] for rank in range(world.size)]

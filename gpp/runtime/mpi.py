@@ -282,7 +282,7 @@ class MpiCommunicator(Collectives):
         return made
 
     def watch_by(self, rules: Rules, folder: Path | None = None) -> None:
-        """How patient those who watch are, on every rank alike; and the folder that reports go to."""
+        """See `Communicator`."""
         if self.watch is not None:
             self.watch.configure(rules, folder)
 

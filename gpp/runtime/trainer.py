@@ -149,7 +149,7 @@ class Trainer:
             before = time.perf_counter()
             for step in range(start, stop):
                 if not halt.may_begin(step):
-                    doing.now("is to stop, and waits until the others have said where they are")
+                    doing.now("waits until all have said where they can stop")
                     stop = min(stop, halt.last(step, self.comm.rest))
                     if stop <= step:
                         break
@@ -166,7 +166,7 @@ class Trainer:
                     on_step(self._record(step, terms, seconds))
                 if self.state is not None:
                     self.state.advance()
-                doing.now("is between two steps")
+                doing.now("between two steps")
                 between(step + 1)
         doing.now("waits until its last messages have left")
         runner.close()

@@ -6,10 +6,11 @@ The deputy is on another host where there is one. It takes over when the first r
 
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from socket import socketpair
@@ -19,7 +20,7 @@ from .doing import Doing, Place
 from .halt import Board, Halt
 from .last_words import spoken
 from .sideband import Exchange, Line, Message, selector
-from .watching import Rules, Sight, Verdict, Watcher, sight_from_json, sight_to_json
+from .watching import Rules, Sight, Verdict, Watcher, sight_from_json, sight_of, sight_to_json
 
 BEAT = 0.2  # seconds between two looks
 MANY = 64  # ranks, beyond which they speak more seldom
@@ -219,8 +220,7 @@ class Watch:
                 line.send({"kind": "sight", "sight": sight_to_json(sight)})
 
     def _sight(self) -> Sight:
-        doing = self._doing
-        return Sight(doing.count, doing.place, bool(doing.waits), doing.text(), doing.stages, doing.patience)
+        return sight_of(self._doing)
 
     def _obey(self, line: Line, message: Message) -> None:
         """What one who watches says."""
@@ -269,6 +269,7 @@ class Watch:
         first = next((hub for hub in self._hubs if not watcher.members[hub].gone), None)
         if first != self.rank:
             return
+        watcher.stages = self._doing.stages
         watcher.tick(time.monotonic())
         if watcher.lost != self._announced:
             self._announced = watcher.lost
@@ -292,17 +293,7 @@ class Watch:
             line.send(message)
 
     def _report(self, verdict: Verdict) -> None:
-        text = f"error: {verdict.text}"
-        if verdict.traces and self.folder is not None:
-            file = self.folder / "failure.txt"
-            try:
-                file.write_text(f"{text}\n\n{verdict.traces}")
-                text += f"\nwhere each rank was in the code: {file}"
-            except OSError:
-                text += f"\n\n{verdict.traces}"
-        elif verdict.traces:
-            text += f"\n\n{verdict.traces}"
-        print(text, file=sys.__stderr__, flush=True)
+        print(f"error: {written(verdict, self.folder)}", file=sys.__stderr__, flush=True)
 
     def _end(self, code: int) -> None:
         """End this process, and the job if this is who watches."""
@@ -316,14 +307,25 @@ class Watch:
         os._exit(code)
 
 
-def traces(error: BaseException | None = None) -> str:
-    """Where the threads of this process are in the code; of a failure, where it came from."""
-    if error is not None:
-        return "".join(traceback.format_exception(error))
+def written(verdict: Verdict, folder: Path | None) -> str:
+    """The verdict's text; its traces are in a file that the text names, or at its end."""
+    if not verdict.traces:
+        return verdict.text
+    place = Path(tempfile.gettempdir()) if folder is None else folder
+    file = place / ("failure.txt" if folder is not None else f"failure-{os.getpid()}.txt")
+    try:
+        file.write_text(f"{verdict.text}\n\n{verdict.traces}")
+    except OSError:
+        return f"{verdict.text}\n\n{verdict.traces}"
+    return f"{verdict.text}\nwhere each rank was in the code: {file}"
+
+
+def traces(only: int | None = None) -> str:
+    """Where the threads of this process are in the code, or one of them."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     own, parts = threading.get_ident(), []
     for ident, frame in sys._current_frames().items():
-        if ident != own:
+        if ident != own and only in (None, ident):
             where = "".join(traceback.format_stack(frame)[-DEEPEST:])
             parts.append(f"thread {names.get(ident, ident)}:\n{where}")
     return "".join(parts)
@@ -333,8 +335,3 @@ def left(doing: Doing) -> None:
     """This process will send no more messages."""
     doing.place = Place.LEFT
     doing.now("has left the pipeline")
-
-
-def rules_from(found: Mapping[str, Any]) -> Rules:
-    """Rules from keyword arguments that may be None, which means the default."""
-    return Rules(**{key: value for key, value in found.items() if value is not None})

@@ -6,7 +6,7 @@ A `Watcher` is told what ranks say of themselves and when, and comes to a `Verdi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .doing import Place
+from .doing import Doing, Place
 
 COLLECT = (
     0.25  # seconds for ranks to say what they were at: mpirun kills survivors half a second after a death
@@ -17,14 +17,12 @@ FAILED, DIED, SILENT = 1, 1, 1  # exit codes of the job
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What a rank says of itself. `stages` are the names of its own; `patience`: how many times as long as
-    usual it may take."""
+    """What a rank says of itself. `patience`: how many times as long as usual it may take."""
 
     count: int = 0
     place: Place = Place.SETUP
     waits: bool = False
     text: str = "starts"
-    stages: str = ""
     patience: float = 1.0
 
 
@@ -70,6 +68,7 @@ class Watcher:
         self.members = [Member(heard=now, moved=now) for _ in hosts]
         self.verdict: Verdict | None = None
         self.lost: tuple[int, ...] = ()
+        self.stages: Sequence[str] = ()  # their names by rank, once they are known
         self._hosts = hosts
         self._headline: str | None = None
         self._code = FAILED
@@ -185,7 +184,7 @@ class Watcher:
             lines if len(lines) <= 64 else [lines[r] for r in self._culprits] + [f"  ... {len(lines)} ranks"]
         )
         traces = [
-            f"--- rank {rank}{_of(m.sight)}, {m.sight.text}\n{m.traces.rstrip()}\n"
+            f"--- rank {rank}{self._of(rank)}: {m.sight.text}\n{m.traces.rstrip()}\n"
             for rank, m in enumerate(self.members)
             if m.traces
         ]
@@ -203,16 +202,16 @@ class Watcher:
         elif member.failed is not None:
             first = rank not in self._culprits
             why = f" ({member.failed.splitlines()[-1]})" if first and member.failed else ""
-            end = f"failed{why} at {sight.text}"
+            end = f"failed{why}; {sight.text}"
         elif member.traces is None:
             end = f"does not answer; {now - member.heard:.1f} s ago: {sight.text}"
         else:
             end = f"{sight.text}{for_so_long}"
-        return f"  rank {rank}{_of(sight)}: {end}"
+        return f"  rank {rank}{self._of(rank)}: {end}"
 
-
-def _of(sight: Sight) -> str:
-    return f" ({sight.stages})" if sight.stages else ""
+    def _of(self, rank: int) -> str:
+        name = self.stages[rank] if rank < len(self.stages) else ""
+        return f" ({name})" if name else ""
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -224,6 +223,13 @@ def _wait(ranks: Sequence[int]) -> str:
     return "waits" if len(ranks) == 1 else "wait"
 
 
+def sight_of(doing: Doing) -> Sight:
+    """A rank as it is now. Who waits for messages between two calls of the pipeline is in a part of one."""
+    waits = bool(doing.waits)
+    place = Place.INSIDE if waits and doing.place is Place.OUTSIDE else doing.place
+    return Sight(doing.count, place, waits, doing.text(), doing.patience)
+
+
 def sight_to_json(sight: Sight) -> dict[str, object]:
     """For a message."""
     return {
@@ -231,7 +237,6 @@ def sight_to_json(sight: Sight) -> dict[str, object]:
         "place": sight.place.value,
         "waits": sight.waits,
         "text": sight.text,
-        "stages": sight.stages,
         "patience": sight.patience,
     }
 
@@ -243,6 +248,5 @@ def sight_from_json(found: Mapping[str, object]) -> Sight:
         Place(str(found["place"])),
         bool(found["waits"]),
         str(found["text"]),
-        str(found["stages"]),
         float(str(found["patience"])),
     )
