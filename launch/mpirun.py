@@ -1,21 +1,25 @@
-"""python -m launch.mpirun -n 4 launch.train [overrides]: assembles an mpirun command, shows it, becomes it.
+"""python -m launch.mpirun -n 4 launch.train [overrides]: assembles an mpirun command, shows it, runs it.
 
 For one machine, or for hosts given by --hostfile or --host. Whoever owns the flags calls mpirun themselves.
 """
 
 import argparse
+import ctypes
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
 from .elastic import is_wanted
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CHECKOUT = Path(__file__).parents[1]
 SYSTEM = Path("/sys/devices/system/cpu")
 COMMANDS = (
@@ -109,6 +113,38 @@ def check_module(module: str) -> None:
         raise SystemExit(f"error: there is no module {module}; the commands are {', '.join(COMMANDS)}")
 
 
+def attended(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the command to its end; its exit code. mpirun ends a job at once on SIGTERM, but hands SIGUSR1 on:
+    so the first request to end becomes that, and the job leaves with its work kept; a second one is meant as
+    it is. If this process is killed, mpirun ends."""
+    asked = False
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        job.send_signal(number if asked else signal.SIGUSR1)
+        asked = True
+
+    job = subprocess.Popen(command, env=environment, preexec_fn=_ends_with(os.getpid()))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, hand_on)
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()  # it sends Ctrl-C to mpirun too
+    signal.signal(signal.SIGINT, signal.SIG_IGN if at_terminal else lambda *_: job.send_signal(signal.SIGINT))
+    code = job.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _ends_with(parent: int) -> Callable[[], None]:
+    """What a child does so as not to outlive its parent."""
+    library = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has died before that
+            os._exit(1)
+
+    return prepare
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, show, exec."""
     parser = argparse.ArgumentParser(prog="python -m launch.mpirun", description=__doc__)
@@ -131,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shown = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
     print(" ".join([*shown, shlex.join(command)]), flush=True)
     if not given.dry_run:
-        os.execvpe(command[0], command, {**os.environ, **added})
+        sys.exit(attended(command, {**os.environ, **added}))
 
 
 if __name__ == "__main__":
