@@ -44,10 +44,11 @@ class Line:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> list[Message]:
-        """What has come, without waiting. `open` is False afterwards if the other end is gone."""
+        """What has come, after a selector has said that something has. `open` is False afterwards if the
+        other end is gone."""
         try:
-            found = self.socket.recv(CHUNK, socket.MSG_DONTWAIT)
-        except (BlockingIOError, InterruptedError):
+            found = self.socket.recv(CHUNK)
+        except (BlockingIOError, InterruptedError, TimeoutError):
             return []
         except OSError:
             found = b""

@@ -25,6 +25,7 @@ from .watching import Rules, Sight, Verdict, Watcher, sight_from_json, sight_of,
 BEAT = 0.2  # seconds between two looks
 MANY = 64  # ranks, beyond which they speak more seldom
 NEWS = 1.0  # seconds after which a rank speaks though nothing is new
+SIGNS = 4  # of life at least, within the time after which one is missed
 LAST = 3.0  # seconds for the report, before a failing rank ends the job by itself
 DEEPEST = 30  # calls shown of a thread
 
@@ -127,7 +128,7 @@ class Watch:
             if self._exchange is not None:
                 ready.register(self._exchange, 1)
             while not (self._closing.is_set() and self._queue.empty()):
-                for key, _ in ready.select(self._interval):
+                for key, _ in ready.select(min(self._interval, self.rules.silence / SIGNS)):
                     self._take(key.fileobj, ready)
                 while True:
                     try:
@@ -214,7 +215,7 @@ class Watch:
 
     def _beat(self) -> None:
         sight, now = self._sight(), time.monotonic()
-        if sight != self._said[0] or now - self._said[1] >= NEWS:
+        if sight != self._said[0] or now - self._said[1] >= min(NEWS, self.rules.silence / SIGNS):
             self._said = sight, now
             for line in self._lines.values():
                 line.send({"kind": "sight", "sight": sight_to_json(sight)})

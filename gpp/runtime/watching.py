@@ -91,8 +91,8 @@ class Watcher:
 
     def explained(self, rank: int, sight: Sight, traces: str, now: float) -> None:
         """A rank has said what it is at and where its threads are."""
-        self.saw(rank, sight, now)
-        if self.members[rank].failed is None:  # else it has said where that was
+        if self.members[rank].failed is None:  # else it has said what it was at, and where
+            self.saw(rank, sight, now)
             self.members[rank].traces = traces
 
     def failed(self, rank: int, error: str, code: int, now: float, *, shown: bool = False) -> None:
@@ -124,7 +124,7 @@ class Watcher:
             self.verdict = self._conclude(now)
 
     def _all_have_spoken(self) -> bool:
-        return all(m.traces is not None or m.gone or m.over for m in self.members)
+        return all(m.traces is not None or m.failed is not None or m.gone or m.over for m in self.members)
 
     def _begin(self, culprits: tuple[int, ...], headline: str, code: int, now: float) -> None:
         self._culprits, self._headline, self._code = culprits, headline, code
