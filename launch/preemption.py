@@ -22,13 +22,13 @@ class Listener:
     """Remembers a signal that comes before there is anybody to tell."""
 
     def __init__(self, rank: int) -> None:
-        self._who = f"rank {rank}"
+        self.rank = rank
         self._ask: Ask | None = None
         self._reason: str | None = None
 
     def heard(self, number: int, frame: FrameType | None) -> None:
         """A handler of signals."""
-        reason = f"{signal.Signals(number).name} on {self._who}"
+        reason = f"{signal.Signals(number).name} on rank {self.rank}"
         if self._ask is not None:
             self._ask(reason)
         elif self._reason is None:

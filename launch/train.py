@@ -47,6 +47,7 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
                 if mpi is None or not lost:
                     raise
             comm = mpi = mpi.survivors()
+            listener.rank = mpi.rank
             config = without(config, lost, mpi)
 
 

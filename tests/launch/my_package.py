@@ -111,6 +111,22 @@ class DamagedOnOne(MyData):
         return super().__getitem__(index)
 
 
+class Troubled(MyData):
+    """Rank 1 is killed in the first epoch; an epoch or two later rank 2 is asked to end."""
+
+    later = 0
+
+    def __getitem__(self, index):
+        if index == 164 and RANK == "1":
+            open("died", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 164 and RANK == "2" and os.path.exists("died"):
+            Troubled.later += 1
+            if Troubled.later == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
 class Slow(MyData):
     """Gives time to end a run in the middle."""
 

@@ -1,0 +1,93 @@
+"""A job that loses a rank goes on, is asked to end, and its work is taken up by one process."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from gpp.runtime.environment import fault_tolerance
+from launch.elastic import check_elastic, is_wanted
+from launch.preemption import REQUEUE, exit_code, listening
+from launch.settings import SettingsError, train_settings
+from launch.start import CONF
+from tests.mpirun import why_no_mpi
+
+from .commands import SLOW, foreign, losses, read, run_command, run_lines
+
+STEPS = 40
+BASE = ("model._target_=my_package.Towers", *SLOW, "train.mini_batch=16", "train.micro_batch=4")
+BASE += ("train.verify=false", "train.held_out=0", "planner=sequential", "train.checkpoint_every=3")
+BASE += ("train.checkpoint_keep=100", "train.log_every=1", f"train.steps={STEPS}")
+PLAIN = ("data._target_=my_package.MyData",)
+
+
+@pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
+def test_a_rank_dies_the_job_goes_on_is_asked_to_end_and_resumed(tmp_path: Path) -> None:
+    folder = foreign(tmp_path)
+    arguments = ["-n", "3", "launch.train", *BASE, "data._target_=my_package.Troubled"]
+    arguments += ["train.elastic=true", "train.preempted_exit=75", "hydra.run.dir=run"]
+    job = run_command("launch.mpirun", *arguments, cwd=folder, timeout=200)
+    assert job.returncode == REQUEUE, job.stdout + job.stderr
+    assert job.stdout.count("lost rank 1: 2 ranks go on, renumbered from 0") == 1
+    begun = int(job.stdout.split("goes on at step ")[1].split()[0])
+    assert begun % 3 == 0
+    (end,) = [line for line in job.stdout.splitlines() if "SIGTERM on rank " in line]
+    made = int(end.split("stopped after ")[1].split()[0])
+    assert begun < 12 < made < STEPS
+    assert f"SIGTERM on rank 1: stopped after {made} of {STEPS} steps" in end  # it was rank 2
+    kept = folder / "run" / "checkpoints"
+    assert (kept / f"step-{made:08d}" / "manifest.json").exists()
+    found = losses(folder / "run")
+    assert len(found) == made
+    rest = [f"train.resume={kept}/step-{begun:08d}"] if begun else []
+    lines = [
+        ["train", *BASE, *PLAIN, "hydra.run.dir=whole", "cluster.devices=3"],
+        ["train", *BASE, *PLAIN, "hydra.run.dir=two", "cluster.devices=2", *rest],
+        ["train", *BASE, *PLAIN, "hydra.run.dir=run", "train.resume=auto", "cluster.devices=4"],
+    ]
+    for result in run_lines(folder, lines):
+        result.passed()
+    assert read(folder / "run", "plan.json")["topology"]["devices"] is not None
+    # as a run that is started again on two devices from that checkpoint
+    assert found[begun:made] == losses(folder / "two")[: made - begun]
+    whole = losses(folder / "whole")
+    assert losses(folder / "run") == pytest.approx(whole, rel=1e-6) and len(whole) == STEPS
+
+
+def test_signals_ask_and_are_remembered() -> None:
+    asked: list[str] = []
+    before = signal.getsignal(signal.SIGUSR1)
+    with listening(3) as listener:
+        signal.raise_signal(signal.SIGUSR1)
+        listener.tell(asked.append)
+        signal.raise_signal(signal.SIGTERM)
+    assert asked == ["SIGUSR1 on rank 3", "SIGTERM on rank 3"]
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_exit_codes() -> None:
+    assert exit_code(None, {}) == 0
+    assert exit_code(None, {"SLURM_JOB_ID": "1"}) == REQUEUE
+    assert exit_code(3, {"SLURM_JOB_ID": "1"}) == 3
+
+
+def test_what_elastic_needs() -> None:
+    config = OmegaConf.load(CONF / "config.yaml")
+    for key, value in {"train.elastic": True, "train.checkpoint_every": None}.items():
+        OmegaConf.update(config, key, value)
+    with pytest.raises(SettingsError, match=r"set train\.checkpoint_every"):
+        check_elastic(train_settings(config), None)
+    OmegaConf.update(config, "train.checkpoint_every", 5)
+    with pytest.raises(SettingsError, match=r"start it with launch\.mpirun"):
+        check_elastic(train_settings(config), None)
+    assert is_wanted(["train.steps=3", "train.elastic=true"]) and not is_wanted(["train.elastic=false"])
+    assert fault_tolerance({"OMPI_MCA_mpi_ft_enable": "1"}) and not fault_tolerance({})
+
+
+@pytest.mark.parametrize("value", [126, -1, "soon", 1.5])
+def test_exit_codes_that_shells_use(value: object) -> None:
+    config = OmegaConf.load(CONF / "config.yaml")
+    OmegaConf.update(config, "train.preempted_exit", value)
+    with pytest.raises(SettingsError, match=r"train\.preempted_exit"):
+        train_settings(config)
