@@ -23,21 +23,21 @@ def export(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
 
 
 def _export(config: DictConfig) -> None:
-    from gpp.api.checkpoints import find
-    from gpp.checkpoint.reader import check_files, weights
+    from gpp.api.checkpoints import find_sound
+    from gpp.api.crew import Crew
+    from gpp.checkpoint.reader import weights
     from gpp.checkpoint.tensors import CheckpointError, write_tensors
     from gpp.plan_table import readable_bytes
 
     path, output, averaged = _path(config, "checkpoint"), _path(config, "output"), config.averaged
     if not isinstance(averaged, bool):
         raise SettingsError(f"averaged must be true or false, it is {averaged!r}")
-    kept, wrong = find(path)
+    kept, wrong = find_sound(path, Crew(None))
     for text in wrong:
         print(f"passed over: {text}")
     part = kept.manifest.part
     if averaged and not part.averages:
         raise CheckpointError(f"{kept.path} has no moving average of the weights: train.ema keeps one")
-    check_files(kept, 0, 1)
     found = weights(kept, part.weights)
     if averaged:
         found |= weights(kept, part.averages, averaged=True)

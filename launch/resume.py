@@ -38,33 +38,31 @@ def kept_of(config: DictConfig, settings: TrainSettings, plan: Plan, run: Path) 
 
 
 def begins_from(settings: TrainSettings, run: Path) -> Path | None:
-    """The checkpoint that train.resume means; None: training begins. Prints what was passed over.
+    """The checkpoint that train.resume means, or a folder that has one; None: training begins.
 
     Raises CheckpointError if there is none where one is named, or where there are damaged ones alone; and,
-    before anything of an older run is written over, if the folder's checkpoints are of later steps.
+    before anything of an older run is written over, if the folder's checkpoints are of later steps. The bytes
+    of its files are not looked at: that is for all ranks.
     """
-    kept = _asked_for(settings, run)
+    path, kept = _asked_for(settings, run)
     if settings.checkpoint_every is not None:
         check_place(folder_of(settings, run), 0 if kept is None else kept.manifest.step)
-    return None if kept is None else kept.path
+    return None if kept is None else path
 
 
-def _asked_for(settings: TrainSettings, run: Path) -> Kept | None:
+def _asked_for(settings: TrainSettings, run: Path) -> tuple[Path, Kept | None]:
+    folder = folder_of(settings, run)
     if settings.resume is None:
-        return None
+        return folder, None
     if settings.resume == AUTO:
-        folder = folder_of(settings, run)
         kept, wrong = newest(folder)
         if kept is None and wrong:
             raise CheckpointError(f"train.resume: no checkpoint in {folder} is whole: {wrong[0]}")
         if kept is None:
             print(f"train.resume=auto: there is no checkpoint in {folder} yet, training begins", flush=True)
-            return None
-    else:
-        try:
-            kept, wrong = find(own_path(settings.resume))
-        except CheckpointError as error:
-            raise CheckpointError(f"train.resume: {error}") from None
-    for text in wrong:
-        print(f"passed over: {text}", flush=True)
-    return kept
+        return folder, kept
+    path = own_path(settings.resume)
+    try:
+        return path, find(path, {})[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"train.resume: {error}") from None

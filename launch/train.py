@@ -131,12 +131,16 @@ def _announce(config: DictConfig, job: "Job", ranks: int, folder: Path) -> None:
 
 
 def _go_on(job: "Job", pipeline: "Pipeline", source: Path) -> None:
-    """From a checkpoint; called by all ranks together."""
-    pipeline.load(source)
+    """From a checkpoint, or the newest whole one of a folder; called by all ranks together."""
+    from gpp.checkpoint.folder import named
+
+    passed_over = pipeline.load(source, job.material.batches)
     if pipeline.is_first:
+        for text in passed_over:
+            print(f"passed over: {text}")
         made, wanted = pipeline.steps, job.material.settings.steps
         what = f"goes on at step {made} of {wanted}" if made < wanted else "trained enough, evaluates only"
-        print(f"{what}: {source} has {made}, train.steps={wanted}", flush=True)
+        print(f"{what}: {named(source, made)} has {made}, train.steps={wanted}", flush=True)
 
 
 def _run(config: DictConfig, job: "Job", pipeline: "Pipeline", folder: Path) -> None:

@@ -10,10 +10,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpp.checkpoint.folder import Kept, check_place, check_space, mark_of, newest, opened, settle
-from gpp.checkpoint.manifest import MANIFEST, Manifest, Part, check_name
+from gpp.checkpoint.folder import (
+    Kept,
+    check_bytes,
+    check_place,
+    check_space,
+    mark_of,
+    newest,
+    opened,
+    settle,
+)
+from gpp.checkpoint.manifest import MANIFEST, Manifest, Order, Part, check_name
 from gpp.checkpoint.owners import owners
-from gpp.checkpoint.reader import check_files, weights
+from gpp.checkpoint.reader import weights
 from gpp.checkpoint.tensors import CheckpointError
 from gpp.checkpoint.writer import CheckpointWriter
 from gpp.runtime.saving import Shares, contents, restore
@@ -23,6 +32,8 @@ from .crew import Crew
 from .job import Job, holders_of, sizes_of
 
 SEEN_WITHIN = 10.0  # seconds for a file to be seen by all hosts: network file systems remember what was not
+
+_OR_WEIGHTS = ", or take the weights alone (launch.export and train.init_from)"
 
 States = Mapping[int, StageState | None]  # of the ranks of this process; None: an idle rank
 
@@ -48,12 +59,13 @@ class Checkpoints:
 @dataclass(frozen=True)
 class Subject:
     """What a checkpoint is of: the job, the keys of the module's state_dict with the names behind them, the
-    values of those that are in no stage (on rank 0), seed, decay of the moving average, and the bytes that
-    the optimizer keeps for each byte of parameters."""
+    values of those that are in no stage (on rank 0), buffers without a key that training changes, seed, decay
+    of the moving average, and the bytes that the optimizer keeps for each byte of parameters."""
 
     job: Job
     keys: Mapping[str, str]
     outside: Mapping[str, Tensor]
+    hidden: tuple[str, ...]
     seed: int
     ema: float | None
     optimizer_factor: float
@@ -63,7 +75,7 @@ class Subject:
         """About the size of a checkpoint."""
         sizes = sizes_of(self.job)
         trained = sum(sizes[name] for name in self.job.captured.traced.trainable if name in sizes)
-        saved = sum(sizes[name] for name in self.keys.values() if name in sizes)
+        saved = sum(sizes[name] for name in (*self.keys.values(), *self.hidden) if name in sizes)
         return saved + trained * (self.optimizer_factor + (self.ema is not None))
 
 
@@ -77,18 +89,20 @@ class Saving:
         self._crew = crew
         job = subject.job
         shares = owners(holders_of(job), sizes_of(job), crew.size)
-        self._shares = Shares(shares, subject.keys, subject.outside)
+        self._shares = Shares(shares, subject.keys, subject.outside, subject.hidden)
         self._base = Manifest(0, job.plan.mini_batch, subject.seed, subject.ema, Part({}, {}, {}, {}))
         self._writers = {
             rank: CheckpointWriter(checkpoints.folder, rank, crew.size, checkpoints.keep) for rank in states
         }
         self._begun = 0
 
-    def begin(self, steps: int) -> None:
-        """Be ready to write, after so many steps; called by all ranks together. Raises CheckpointError where
-        the folder cannot be written to, is not the same on all hosts, or has not enough space."""
+    def begin(self, steps: int, order: Order | None) -> None:
+        """Be ready to write, after so many steps on data of that order; called by all ranks together. Raises
+        CheckpointError where the folder cannot be written to, is not the same on all hosts, or has not enough
+        space."""
         folder, token = self.checkpoints.folder, ""
         self._begun = steps
+        self._base = replace(self._base, order=order)
 
         def rest() -> None:
             for writer in self._writers.values():
@@ -96,7 +110,7 @@ class Saving:
                 writer.wait()
 
         def ready() -> str:
-            settle(folder)
+            settle(folder, steps)
             check_place(folder, steps)
             check_space(folder, self._subject.bytes, self.checkpoints.keep)
             made = secrets.token_hex(8)
@@ -173,39 +187,65 @@ class Saving:
         writer.write(contents(self._states[rank], self._shares, rank, texts), replace(self._base, step=steps))
 
 
-def find(path: Path) -> tuple[Kept, list[str]]:
-    """A checkpoint, or the newest whole one of a folder, and what is wrong with newer ones. Raises
-    CheckpointError where there is none."""
+def find(path: Path, damaged: Mapping[Path, str]) -> tuple[Kept, list[str]]:
+    """A checkpoint, or the newest whole one of a folder, and what is wrong with newer ones; `damaged` says
+    what is known to be wrong. Raises CheckpointError where there is none."""
     if (path / MANIFEST).exists() or not path.is_dir():
+        if path in damaged:
+            raise CheckpointError(damaged[path])
         return opened(path), []
-    kept, wrong = newest(path)
+    kept, wrong = newest(path, damaged)
     if kept is None:
         detail = f": {wrong[0]}" if wrong else ""
         raise CheckpointError(f"there is no whole checkpoint in {path}{detail}")
     return kept, wrong
 
 
+def find_sound(
+    path: Path, crew: Crew, check: Callable[[Kept], None] = lambda _: None
+) -> tuple[Kept, list[str]]:
+    """A checkpoint, or the newest of a folder of which all bytes are what was written, and what is wrong with
+    newer ones; called by all ranks, each of which reads a share of the files. `check` refuses one that does
+    not fit before they are read. Raises CheckpointError where there is none."""
+    damaged: dict[Path, str] = {}
+    while True:
+        kept, wrong = crew.of_first(lambda: find(path, damaged))
+        error = _damage(kept, crew, check)
+        if error is None:
+            return kept, wrong
+        damaged[kept.path] = error.removeprefix("rank 0: ")
+
+
+def _damage(kept: Kept, crew: Crew, check: Callable[[Kept], None]) -> str | None:
+    """What is wrong with the bytes of a checkpoint: the same on all ranks, whichever has found it."""
+    crew.together(lambda: check(kept))
+
+    def look() -> str | None:
+        try:
+            for rank in crew.mine:
+                check_bytes(kept, rank, crew.size)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    return crew.first_error(crew.together(look))
+
+
 def load(
-    path: Path, subject: Subject, crew: Crew, states: States
+    path: Path, subject: Subject, crew: Crew, states: States, order: Order | None
 ) -> tuple[Kept, dict[str, Tensor], list[str]]:
     """Give the ranks' states what a checkpoint has, or the newest whole one of a folder; called by all ranks.
+    `order` is that of the data with which training goes on, if it is known.
 
     Returns it, the values outside of all stages (on rank 0), and what is wrong with newer ones.
     """
-    kept, wrong = crew.of_first(lambda: find(path))
-    crew.together(lambda: _check_fits(kept, subject))
-
-    def check() -> None:
-        for rank in states:
-            check_files(kept, rank, crew.size)
-
-    crew.together(check)
+    kept, wrong = find_sound(path, crew, lambda kept: _check_fits(kept, subject, order))
     keys = {name: key for key, name in subject.keys.items() if name in subject.outside}
 
     def work() -> dict[str, Tensor]:
         for state in states.values():
             if state is not None:
-                restore(state, kept, subject.keys, steps=kept.manifest.step)
+                restore(state, kept, subject.keys, subject.hidden, steps=kept.manifest.step)
         values = weights(kept, keys.values())
         return {name: values[key] for name, key in keys.items()}
 
@@ -226,24 +266,31 @@ def _look(folder: Path, token: str) -> None:
         raise CheckpointError(f"{folder} cannot be written to on host {socket.gethostname()}")
 
 
-def _check_fits(kept: Kept, subject: Subject) -> None:
+def _check_fits(kept: Kept, subject: Subject, order: Order | None) -> None:
     """Raise CheckpointError where the run is not the one that the checkpoint is of."""
     manifest, samples = kept.manifest, subject.job.plan.mini_batch
     if manifest.mini_batch != samples:
         raise CheckpointError(
             f"{kept.path} was made with {manifest.mini_batch} samples a step, this run has {samples}: its "
-            "place in the data would be another. Use the same mini-batch, or take the weights alone "
-            "(launch.export and train.init_from)"
+            f"place in the data would be another. Use the same mini-batch{_OR_WEIGHTS}"
         )
     if manifest.seed != subject.seed:
         raise CheckpointError(
             f"{kept.path} was made with seed {manifest.seed}, this run has {subject.seed}: data and dropout "
-            "would go another way. Use the same seed, or take the weights alone (launch.export and "
-            "train.init_from)"
+            f"would go another way. Use the same seed{_OR_WEIGHTS}"
         )
-    there, here = set(manifest.part.weights), set(subject.keys)
-    for names, what in ((here - there, "lacks"), (there - here, "has, and the model lacks,")):
-        if names:
-            raise CheckpointError(
-                f"{kept.path} is of another model: it {what} {min(names)} ({len(names)} names in all)"
-            )
+    if manifest.order is not None and order is not None and manifest.order != order:
+        there, here = manifest.order, order
+        raise CheckpointError(
+            f"{kept.path} was made on {there.samples} training samples in the order of seed {there.seed}, "
+            f"this run has {here.samples} in the order of seed {here.seed}: the rest of an epoch would be of "
+            f"other samples. Use the same data, of which as many are held out{_OR_WEIGHTS}"
+        )
+    part = manifest.part
+    for there_are, here_are in ((part.weights, subject.keys), (part.buffers, subject.hidden)):
+        lacks, has = set(here_are) - set(there_are), set(there_are) - set(here_are)
+        for names, what in ((lacks, "lacks"), (has, "has, and the model lacks,")):
+            if names:
+                raise CheckpointError(
+                    f"{kept.path} is of another model: it {what} {min(names)} ({len(names)} names in all)"
+                )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpp.capture.capture import Captured
+from gpp.capture.mutation import mutated_buffers
 from gpp.plan import Plan
 from gpp.program.build import Hooks, Roots, build_stage, mode_plan
 from gpp.program.carve import ProgramError, interface
@@ -146,6 +147,12 @@ def holders_of(job: Job) -> dict[str, tuple[int, ...]]:
             for name in (*face.parameters, *face.buffers):
                 found.setdefault(name, {}).update(dict.fromkeys(stage.devices))
     return {name: tuple(ranks) for name, ranks in found.items()}
+
+
+def changed_buffers(job: Job) -> tuple[str, ...]:
+    """The buffers that a training step writes, by full name."""
+    mode = job.captured.traced.train
+    return tuple(mode.buffers[name] for name in mutated_buffers(mode.graph, mode.buffers))
 
 
 def sizes_of(job: Job) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gpp.checkpoint.manifest import Order
 from gpp.plan import Plan
 from gpp.program.build import Hooks
 from gpp.program.stage import StageProgram
@@ -32,7 +33,16 @@ from gpp.trace import Trace
 from .batches import Batch, Checked, key_specs, misfit, samples_of
 from .checkpoints import Checkpoints, Saving, Subject, load
 from .crew import Crew, RefusedError
-from .job import Job, Training, Values, evaluation_schedule, holders_of, programs_of, state_of
+from .job import (
+    Job,
+    Training,
+    Values,
+    changed_buffers,
+    evaluation_schedule,
+    holders_of,
+    programs_of,
+    state_of,
+)
 from .optimizer import optimizer_factor
 
 T = TypeVar("T")
@@ -81,6 +91,7 @@ class Pipeline:
         self._closed = False
         self._seed, self._training = seed, training
         self._saving: Saving | None = None
+        self._order: Order | None = None  # of the data that `fit` trains on
         schedules = (job.lowered.train, *job.lowered.evaluate.values())
         programs = crew.together(lambda: {rank: self._programs(rank, schedules) for rank in crew.mine})
         self._base = start_of_peak()
@@ -209,6 +220,7 @@ class Pipeline:
             )
         checked = Checked(dataset, self._specs)
         start, stop = self.steps, self.steps + steps
+        self._order = Order(batches.length, batches.seed)
         saving = self._saver(checkpoints) if checkpoints is not None and steps else None
 
         def work(trainer: Trainer) -> int:
@@ -257,17 +269,19 @@ class Pipeline:
         that has a checkpoint of a later step is refused too."""
         self._saver(checkpoints).save(self.steps)
 
-    def load(self, path: Path) -> list[str]:
+    def load(self, path: Path, batches: Batches | None = None) -> list[str]:
         """Go on from a checkpoint, or from the newest whole one of a folder, whatever the plan that wrote it:
         weights, averages, optimizer, scheduler and the number of steps are its. Called by all ranks. Returns
-        what is wrong with newer ones that were passed over.
+        what is wrong with newer ones that were passed over. Give the `batches` with which `fit` goes on, and
+        one of a run on data of another length or order is refused.
 
         Raises CheckpointError where there is none, it is damaged, or it does not fit; RefusedError with the
         same words on other ranks.
         """
-        kept, self._outside, wrong = load(path, self._subject(), self._crew, self._states())
+        order = None if batches is None else Order(batches.length, batches.seed)
+        kept, self._outside, wrong = load(path, self._subject(), self._crew, self._states(), order)
         self._saving = None  # it has the values from outside of all stages
-        self.steps = kept.manifest.step
+        self.steps, self._order = kept.manifest.step, kept.manifest.order
         return wrong
 
     def trace(self) -> Trace:
@@ -333,7 +347,9 @@ class Pipeline:
     def _subject(self) -> Subject:
         keys = self._names or {name: name for name in holders_of(self.job)}
         factor = optimizer_factor(self._training.make_optimizer)
-        return Subject(self.job, keys, self._outside, self._seed, self._training.ema, factor)
+        known = set(keys.values())
+        hidden = tuple(name for name in changed_buffers(self.job) if name not in known)
+        return Subject(self.job, keys, self._outside, hidden, self._seed, self._training.ema, factor)
 
     def _states(self) -> dict[int, StageState | None]:
         found = {rank: trainer.state for rank, trainer in self._trainers.items()}
@@ -343,7 +359,7 @@ class Pipeline:
         """The writers into a folder, ready: the same as long as it is asked for in the same way."""
         if self._saving is None or self._saving.checkpoints != checkpoints:
             self._saving = Saving(checkpoints, self._subject(), self._crew, self._states())
-        self._saving.begin(self.steps)
+        self._saving.begin(self.steps, self._order)
         return self._saving
 
     def _run(self, what: str, work: Callable[[Trainer], T]) -> list[T]:

@@ -2,6 +2,7 @@
 
 step-00000100/          a checkpoint: it has its name only when all of it is on disk
 step-00000200.part/     one being written, or what a crash left of it
+step-00000200.damaged/  one whose bytes are not what was written, set aside: nobody reads or removes it
 step-00000100.replaced/ one whose name a newer one of the same step is just taking
 .seen-1a2b              by which the other ranks tell that they see the folder
 """
@@ -9,16 +10,19 @@ step-00000100.replaced/ one whose name a newer one of the same step is just taki
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from gpp.plan_table import readable_bytes
 
 from .manifest import MANIFEST, Manifest, manifest_from_json
-from .tensors import CheckpointError, sync_folder
+from .tensors import CheckpointError, check_file, sync_folder
 
 _NAME = re.compile(r"step-(\d{8,18})(\.part|\.replaced)?")
 _MARK = ".seen-"
+_NONE: Mapping[Path, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,11 @@ class Kept:
 def part_of(folder: Path, step: int) -> Path:
     """Where a checkpoint is written."""
     return folder / f"step-{step:08d}.part"
+
+
+def named(path: Path, step: int) -> Path:
+    """The checkpoint of that step: the path itself, or in that folder."""
+    return path if (path / MANIFEST).exists() else path / f"step-{step:08d}"
 
 
 def mark_of(folder: Path, token: str) -> Path:
@@ -61,12 +70,14 @@ def opened(path: Path) -> Kept:
     return Kept(path, manifest)
 
 
-def newest(folder: Path) -> tuple[Kept | None, list[str]]:
-    """The newest checkpoint of a folder that can be opened, and what is wrong with newer ones. Raises
-    CheckpointError for a folder that cannot be read."""
+def newest(folder: Path, damaged: Mapping[Path, str] = _NONE) -> tuple[Kept | None, list[str]]:
+    """The newest checkpoint of a folder that can be opened, and what is wrong with newer ones; `damaged` says
+    what is known to be wrong. Raises CheckpointError for a folder that cannot be read."""
     wrong: list[str] = []
     for path in _paths(folder, (None, ".replaced")):
         try:
+            if path in damaged:
+                raise CheckpointError(damaged[path])
             return opened(path), wrong
         except CheckpointError as error:
             wrong.append(str(error))
@@ -100,8 +111,17 @@ def prune(folder: Path, keep: int) -> None:
         whole += _is_whole(path)
 
 
-def settle(folder: Path) -> None:
-    """Make the folder and put in order what a crash left there; not while somebody writes there.
+def check_bytes(kept: Kept, share: int = 0, shares: int = 1) -> None:
+    """Hold the bytes of one share of a checkpoint's files against their checksums. Raises CheckpointError."""
+    records = kept.manifest.part.files
+    order = sorted(records, key=lambda name: -records[name].bytes)
+    for name in order[share::shares]:
+        check_file(kept.path / name, records[name])
+
+
+def settle(folder: Path, step: int) -> None:
+    """Make the folder and put in order what a crash left there; not while somebody writes there. Checkpoints
+    of steps after `step` are set aside if their bytes are damaged: they would be taken for the newest.
 
     Raises CheckpointError if nothing can be written there."""
     try:
@@ -114,6 +134,11 @@ def settle(folder: Path) -> None:
                 old.rename(final)
         for left in _paths(folder, (".part",)):
             shutil.rmtree(left)
+        for path in _paths(folder, (None,)):
+            if _is_later_and_damaged(path, step):
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         for mark in folder.glob(f"{_MARK}*"):
             mark.unlink(missing_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -154,6 +179,20 @@ def _is_whole(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _is_later_and_damaged(path: Path, step: int) -> bool:
+    try:
+        kept = opened(path)
+    except CheckpointError:
+        return False  # it does not count as one anyway
+    if kept.manifest.step <= step:
+        return False
+    try:
+        check_bytes(kept)
+    except CheckpointError:
+        return True
+    return False
 
 
 def _paths(folder: Path, suffixes: tuple[str | None, ...]) -> list[Path]:

@@ -4,7 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,37 @@ class OptimizerEntry:
 @dataclass(frozen=True, slots=True)
 class Part:
     """What one rank has written. `weights` and `averages` go by the keys of the module's state_dict,
-    `optimizer` by the parameters' names; a rank without stages has no optimizer."""
+    `optimizer` by the parameters' names; a rank without stages has no optimizer. `buffers` are those that
+    training changes and the state_dict lacks, by name: no tool that reads weights expects them."""
 
     files: Mapping[str, FileRecord]
     weights: Mapping[str, str]  # to the file
     averages: Mapping[str, str]
     optimizer: Mapping[str, OptimizerEntry]
     optimizer_class: str | None = None
+    buffers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the order of training data is a function of: how many samples there are, and a seed."""
+
+    samples: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A whole checkpoint. `step` is how many steps were made, of `mini_batch` samples each, so it is also the
-    position in the data; `seed` keys their order and all random numbers. `ema` is the decay of `averages`."""
+    position in the data; `seed` keys all random numbers. `ema` is the decay of `averages`, `order` that of
+    the data set that was trained on, None where it is not known."""
 
     step: int
     mini_batch: int
     seed: int
     ema: float | None
     part: Part
+    order: Order | None = None
 
     @property
     def bytes(self) -> int:
@@ -65,14 +77,16 @@ def joined(parts: Iterable[Part]) -> Part:
     files: dict[str, FileRecord] = {}
     weights: dict[str, str] = {}
     averages: dict[str, str] = {}
+    buffers: dict[str, str] = {}
     optimizer: dict[str, OptimizerEntry] = {}
     for part in known:
         files |= part.files
         weights |= part.weights
         averages |= part.averages
+        buffers |= part.buffers
         optimizer |= part.optimizer
     kind = next((part.optimizer_class for part in known if part.optimizer_class is not None), None)
-    return Part(files, weights, averages, optimizer, kind)
+    return Part(files, weights, averages, optimizer, kind, buffers)
 
 
 def part_to_json(part: Part) -> str:
@@ -110,6 +124,7 @@ def manifest_from_json(text: str, where: Path) -> Manifest:
         place.whole("seed"),
         place.number("ema"),
         _part(place.inside("part")),
+        _order(place.inside("order")),
     )
 
 
@@ -147,11 +162,15 @@ def _part(place: "_Place") -> Part:
             entry.options("options"),
         )
     maps = []
-    for key in ("weights", "averages"):
+    for key in ("weights", "averages", "buffers"):
         inner = place.inside(key)
         maps.append({name: inner.one_of(name, records) for name in inner.names()})
     kind = None if place.inside("optimizer_class").value is None else place.string("optimizer_class")
-    return Part(records, maps[0], maps[1], optimizer, kind)
+    return Part(records, maps[0], maps[1], optimizer, kind, maps[2])
+
+
+def _order(place: "_Place") -> Order | None:
+    return None if place.value is None else Order(place.whole("samples", 1), place.whole("seed"))
 
 
 def _parsed(text: str, where: Path) -> Any:

@@ -7,23 +7,20 @@ from torch import Tensor
 
 from .folder import Kept
 from .manifest import OptimizerEntry
-from .tensors import CheckpointError, check_file, read_tensors
+from .tensors import CheckpointError, read_tensors
 
 K = TypeVar("K", bound=Hashable)
-
-
-def check_files(kept: Kept, rank: int, ranks: int) -> None:
-    """Hold the bytes of one rank's share of the files against their checksums."""
-    records = kept.manifest.part.files
-    order = sorted(records, key=lambda name: -records[name].bytes)
-    for name in order[rank::ranks]:
-        check_file(kept.path / name, records[name])
 
 
 def weights(kept: Kept, names: Iterable[str], *, averaged: bool = False) -> dict[str, Tensor]:
     """Parameters and buffers by full name, or averages. Raises CheckpointError for one that is not there."""
     part = kept.manifest.part
     return _read(kept, {name: name for name in names}, part.averages if averaged else part.weights)
+
+
+def buffers(kept: Kept, names: Iterable[str]) -> dict[str, Tensor]:
+    """Buffers that no state_dict has, by full name. Raises CheckpointError for one that is not there."""
+    return _read(kept, {name: name for name in names}, kept.manifest.part.buffers)
 
 
 def optimizer(kept: Kept, names: Iterable[str]) -> dict[str, tuple[dict[str, Tensor], OptimizerEntry]]:

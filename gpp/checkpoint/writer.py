@@ -5,7 +5,7 @@ writes the manifest, and gives the folder its name. A crash before that leaves a
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Thread
 
@@ -42,6 +42,7 @@ class Contents:
     optimizer: Mapping[str, OptimizerEntry]
     optimizer_class: str | None
     texts: Mapping[str, str]
+    buffers: Mapping[str, str] = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -138,4 +139,5 @@ def _own_part(folder: Path, contents: Contents) -> Part:
     files = {name: write_tensors(folder / name, tensors) for name, tensors in contents.files.items()}
     for name, text in contents.texts.items():
         files[name] = write_text(folder / name, text)
-    return Part(files, contents.weights, contents.averages, contents.optimizer, contents.optimizer_class)
+    own = contents
+    return Part(files, own.weights, own.averages, own.optimizer, own.optimizer_class, own.buffers)

@@ -37,6 +37,10 @@ def run(ranks: int, folder: Path) -> list[float]:
             pipe.fit(data, batches, STEPS - EVERY, lambda record: losses.append(record.loss))
         for value in pipe.state_dict().values():
             losses.append(float(value.double().sum()))
+        if ranks != 3:
+            (wrong,) = pipe.load(folder)  # of two ranks the second reads the damaged file
+            assert "is damaged" in wrong and wrong.startswith("rank 1: ") == (ranks == 2), wrong
+            assert pipe.steps == EVERY
         if ranks == 3:  # what one rank finds, all are told
             for call in (
                 lambda: pipe.load(folder / "nowhere"),

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
@@ -42,6 +43,21 @@ def rates(kind: str, optimizer: torch.optim.Optimizer) -> LRScheduler:
             return lr_scheduler.SequentialLR(optimizer, [first, later], milestones=[2])
 
 
+class Statistics(models.BatchNorm):
+    """Losses depend on a buffer that training changes and no state_dict has; another one never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(models.WIDTH), persistent=False)
+        self.register_buffer("factor", torch.full((models.WIDTH,), 1.5), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor):
+        x = self.norm(self.a(x))
+        if self.training:
+            self.centre.mul_(0.5).add_(x.detach().mean(0))
+        return F.cross_entropy(self.d(self.b((x - self.centre) * self.factor)), y)
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run of a case came to: losses, weights and moving averages, on rank 0."""
@@ -56,7 +72,8 @@ def made(case: Case, schedule: str = "one cycle", *, other_weights: bool = False
     built = captured_model(case.model, case.dtype, case.precision, case.freeze)[0]
 
     def values(names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: value + 1 for name, value in built.values(names).items()}
+        constant = ("factor",)  # no checkpoint has it
+        return {name: value + (name not in constant) for name, value in built.values(names).items()}
 
     def plan(captured: Captured) -> Plan:
         return replace(

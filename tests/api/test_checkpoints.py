@@ -14,7 +14,7 @@ from gpp.api.checkpoints import Checkpoints
 from gpp.checkpoint import folder as folders
 from gpp.checkpoint import writer
 from gpp.checkpoint.folder import newest, opened
-from gpp.checkpoint.manifest import MANIFEST, Manifest, manifest_to_json
+from gpp.checkpoint.manifest import MANIFEST, Manifest, Order, manifest_to_json
 from gpp.checkpoint.tensors import CheckpointError, read_tensors, write_tensors
 from gpp.runtime.data import Batches
 from tests.equality import models
@@ -30,6 +30,7 @@ from .resumed import (
     TIED,
     TOWERS,
     Rows,
+    Statistics,
     assert_same,
     ended,
     in_one,
@@ -39,7 +40,7 @@ from .resumed import (
     steps,
 )
 
-NORM = Case("norm", models.BatchNorm, (("a",), ("norm", "b"), ("",)), optimizer="sgd", ema=0.5)
+NORM = Case("norm", Statistics, (("a",), ("norm", "b"), ("",)), optimizer="sgd", ema=0.5)
 LOW = Case("low", models.Dropout, (("a",), ("b",), ("",)), precision="bf16", recompute=(0, 1))
 FROZEN = Case("frozen", models.Chain, (("a",), ("b",), ("c",), ("",)), freeze=("b.*",), slots=(0, 1, 0, 1))
 MORE = [case for case in CASES if case.ranks <= 4 and not case.pretrained and not case.groups]
@@ -68,6 +69,9 @@ def test_halves_are_the_whole(case: Case, schedule: str, plans: tuple[str, ...],
     expected = kept_run(case, tmp_path, schedule)
     for plan in plans:
         assert_same(resumed_run(case if plan == SAME else in_one(case), tmp_path, schedule), expected)
+    kept = opened(tmp_path / f"step-{HALF:08d}")
+    assert tuple(kept.manifest.part.buffers) == (("centre",) if case is NORM else ())
+    assert kept.manifest.part.weights.keys() == expected.weights.keys()  # what others' tools look for
 
 
 def test_a_pipeline_goes_back(tmp_path: Path) -> None:
@@ -127,6 +131,20 @@ def without_bias(path: Path, manifest: Manifest) -> Manifest:
 
 REFUSED = {
     "mini-batch": (manifest_with(mini_batch=9), "was made with 9 samples a step, this run has 8: its place"),
+    "length": (
+        manifest_with(order=Order(95, 5)),
+        "was made on 95 training samples in the order of seed 5, this run has 96 in the order of seed 5: the",
+    ),
+    "order": (
+        manifest_with(order=Order(96, 4)),
+        "in the order of seed 4, this run has 96 in the order of seed 5",
+    ),
+    "buffers": (
+        lambda path, manifest: replace(
+            manifest, part=replace(manifest.part, buffers={"centre": "config.yaml"})
+        ),
+        "is of another model: it has, and the model lacks, centre",
+    ),
     "seed": (
         manifest_with(seed=6),
         "was made with seed 6, this run has 5: data and dropout would go another",
@@ -148,14 +166,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     good = tmp_path / "good"
     with made(TOWERS) as pipe:
         steps(pipe, TOWERS, 1)
-        pipe.save(Checkpoints(folder=good))
+        pipe.save(Checkpoints(folder=good, texts={"config.yaml": "a: 1"}))
         losses = steps(pipe, TOWERS, 3)
         for name, (change, message) in REFUSED.items():
             path = shutil.copytree(opened(good / "step-00000001").path, tmp_path / name)
             text = manifest_to_json(change(path, opened(path).manifest))
             (path / MANIFEST).write_text(text)
             with pytest.raises(CheckpointError, match=message):
-                pipe.load(path)
+                pipe.load(path, Batches(SAMPLES, TOWERS.samples, 5))
         with pytest.raises(CheckpointError, match="there is no whole checkpoint in"):
             pipe.load(tmp_path)
         with pytest.raises(CheckpointError, match=r"there is no checkpoint .*nowhere"):
@@ -163,10 +181,34 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert pipe.steps == 3
         pipe.load(good)
         assert steps(pipe, TOWERS, 3) == losses
-        damaged = next((good / "step-00000001").glob("averages-*"))
-        damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xaa")
-        with pytest.raises(CheckpointError, match=f"{damaged.name} is damaged: its bytes are not"):
-            pipe.load(good)
+
+
+def test_bytes_that_are_damaged_are_passed_over(tmp_path: Path) -> None:
+    kept = Checkpoints(folder=tmp_path, keep=3)
+    with made(TOWERS) as pipe:
+        losses = []
+        for step in (1, 2, 3):
+            losses += steps(pipe, TOWERS, step)
+            pipe.save(kept)
+        for step, kind in ((3, "averages"), (2, "optimizer")):
+            file = next((tmp_path / f"step-0000000{step}").glob(f"{kind}-*"))
+            file.write_bytes(file.read_bytes()[:-1] + b"\xaa")
+        with pytest.raises(CheckpointError, match=r"optimizer-\S+ is damaged: its bytes are not"):
+            pipe.load(tmp_path / "step-00000002")
+        wrong = pipe.load(tmp_path)
+        assert ["step-00000003/averages-" in wrong[0], "step-00000002/optimizer-" in wrong[1]] == [True, True]
+        assert pipe.steps == 1 and len(wrong) == 2
+        assert steps(pipe, TOWERS, 2) == losses[1:2]
+        pipe.save(kept)  # what is written from here on must be the newest
+        found, wrong = newest(tmp_path)
+        assert found is not None and found.path == tmp_path / "step-00000002" and not wrong
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == ["step-00000001", "step-00000002", "step-00000003.damaged"]
+        assert pipe.load(tmp_path) == [] and pipe.steps == 2
+        for path in tmp_path.glob("*/averages-*"):
+            path.write_bytes(path.read_bytes()[:-1] + b"\xaa")
+        with pytest.raises(CheckpointError, match=r"there is no whole checkpoint in .*: \S+ is damaged"):
+            pipe.load(tmp_path)
 
 
 def test_checkpoints_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +247,7 @@ def test_checkpoints_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
         pipe.save(kept)
         assert newest(tmp_path)[0].manifest.step == 11  # type: ignore[union-attr]
+        assert newest(tmp_path)[0].manifest.order == Order(SAMPLES, 5)  # type: ignore[union-attr]
         monkeypatch.setattr(
             writer, "write_tensors", lambda path, tensors: fails(Path(f"{path}00000011.part"), tensors)
         )
@@ -240,6 +283,11 @@ def test_ranks_of_a_job(tmp_path: Path) -> None:
         job = run_mpi(ranks, "tests.api.checkpoint_program", str(tmp_path / "kept"), timeout=200)
         assert job.returncode == 0, job.stdout + job.stderr
         found[ranks] = json.loads(job.stdout)
+        if ranks == 3:
+            last = opened(tmp_path / "kept" / f"step-{checkpoint_program.STEPS:08d}")
+            sizes = {name: record.bytes for name, record in last.manifest.part.files.items()}
+            second = last.path / sorted(sizes, key=lambda name: -sizes[name])[1]
+            second.write_bytes(second.read_bytes()[:-1] + b"\xaa")
     found[1] = checkpoint_program.run(1, tmp_path / "kept")
     rest = found[3][checkpoint_program.EVERY :]
     assert len(rest) > 5 and found[2] == rest and found[1] == rest

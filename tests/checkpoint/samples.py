@@ -6,10 +6,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from gpp.checkpoint.folder import Kept
+from gpp.checkpoint.folder import Kept, check_bytes
 from gpp.checkpoint.manifest import Manifest, OptimizerEntry, Part
 from gpp.checkpoint.owners import Owners
-from gpp.checkpoint.reader import check_files, optimizer, weights
+from gpp.checkpoint.reader import buffers, optimizer, weights
 from gpp.checkpoint.writer import CheckpointWriter, Contents
 
 RANKS = 2
@@ -55,10 +55,11 @@ def write(folder: Path, step: int, keep: int = 2, content: int | None = None) ->
 def read_all(kept: Kept) -> None:
     """Everything that a run reads."""
     for rank in range(RANKS):
-        check_files(kept, rank, RANKS)
+        check_bytes(kept, rank, RANKS)
     part = kept.manifest.part
     weights(kept, part.weights)
     weights(kept, part.averages, averaged=True)
+    buffers(kept, part.buffers)
     optimizer(kept, part.optimizer)
 
 

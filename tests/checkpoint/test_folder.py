@@ -81,7 +81,7 @@ def test_a_crash_at_any_point_leaves_a_whole_one(
 ) -> None:
     scene = SCENES[name]
     start = tmp_path / "start"
-    settle(start)
+    settle(start, 0)
     for step, content in scene.before:
         write(start, step, keep=9, content=content)
     old = scene.before[-1] if scene.before else None
@@ -98,7 +98,7 @@ def test_a_crash_at_any_point_leaves_a_whole_one(
                 pass
         contents = _newest_content(folder, old, (scene.step, scene.content))
         seen.add(contents)
-        settle(folder)
+        settle(folder, 0)
         assert _newest_content(folder, old, (scene.step, scene.content)) == contents
         assert not list(folder.glob("*.part")) and not list(folder.glob("*.replaced"))
         write(folder, scene.step, scene.keep, scene.content)
@@ -233,6 +233,6 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(CheckpointError, match="checkpoints cannot be kept in"):
-            settle(path)
+            settle(path, 0)
         with pytest.raises(CheckpointError):
             opened(path)

@@ -18,7 +18,7 @@ BASE += ("train.verify=false", "train.log_every=1", "planner=sequential")
 BASE += ("lr_scheduler._target_=torch.optim.lr_scheduler.StepLR", "+lr_scheduler.step_size=2")
 BASE += ("+lr_scheduler.gamma=0.5",)
 KEEPS = ("train.checkpoint_every=2",)
-HALF, COPY = "half/checkpoints/step-00000003", "half_copy"
+HALF, COPY, LATER = "half/checkpoints/step-00000003", "half_copy", "step-00000004"
 
 
 def train(folder: str, steps: int, *arguments: str) -> list[str]:
@@ -48,6 +48,8 @@ SECOND = {
     "file": train("r", 1, *KEEPS, "train.checkpoint_folder=my_package.py"),
     "disk": train("r", 1, *KEEPS, "train.checkpoint_keep=1000000000000"),
     "emulated": train("r", 1, *KEEPS, "device=emulated"),
+    "data": train("r", 6, f"train.resume={COPY}", "train.held_out=0.5"),
+    "export older": ["export", "checkpoint=half_kept", "output=older.safetensors"],
     "no checkpoint": ["export"],
     "nothing": ["export", "checkpoint=nowhere"],
     "no average": ["export", "checkpoint=kept", "averaged=true"],
@@ -56,7 +58,8 @@ SECOND = {
     "damaged export": ["export", "checkpoint=damaged"],
 }
 REFUSED = {
-    "again": "half/checkpoints has a checkpoint of step 3, and this run is at step 0: go on from that one "
+    "data": "was made on 183 training samples in the order of seed 0, this run has 102 in the order of",
+    "again": "half/checkpoints has a checkpoint of step 4, and this run is at step 0: go on from that one "
     "(train.resume=auto), keep this run's checkpoints in another folder, or remove it",
     "nowhere": "train.resume: there is no checkpoint",
     "damaged": "damaged/averages-00001-of-00002.safetensors is damaged: its bytes are not those that were",
@@ -94,8 +97,11 @@ def done(folder: Path, first: dict[str, Result]) -> dict[str, Result]:
         shutil.copytree(folder / HALF, folder / name)
     (folder / "half_kept" / "step-00000009").mkdir()
     (folder / bad / "manifest.json").unlink()
-    file = folder / "damaged" / "averages-00001-of-00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\xaa")
+    for name in (f"half_kept/{LATER}", f"half/checkpoints/{LATER}"):
+        shutil.copytree(folder / "whole" / "checkpoints" / LATER, folder / name)
+    for name in ("damaged", f"half_kept/{LATER}", f"half/checkpoints/{LATER}"):
+        file = folder / name / "averages-00001-of-00002.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\xaa")
     return dict(zip(SECOND, run_lines(folder, list(SECOND.values())), strict=True))
 
 
@@ -127,11 +133,16 @@ def test_what_goes_on_is_the_whole(folder: Path, done: dict[str, Result]) -> Non
 
 def test_it_says_what_it_does(folder: Path, done: dict[str, Result]) -> None:
     assert f"goes on at step 3 of 6: {folder / HALF} has 3, train.steps=6" in done["rest"].out
+    assert f"passed over: {folder}/half/checkpoints/{LATER}/averages-00001-of-00002.s" in done["rest"].out
+    assert (folder / "half" / "checkpoints" / f"{LATER}.damaged").is_dir()
     assert "step     3  loss" in done["rest"].out and "step     2  loss" not in done["rest"].out
     assert "trained enough, evaluates only: " in done["enough"].out
     assert "held out" in done["enough"].out and "predicted," not in done["enough"].out
     assert "train.resume=auto: there is no checkpoint in" in done["begins"].out
-    assert "passed over: " in done["folder"].out and "step-00000009 is no whole" in done["folder"].out
+    for name in ("folder", "export older"):
+        assert "passed over: " in done[name].out and "step-00000009 is no whole" in done[name].out
+        assert done[name].out.count("passed over: ") == 2 and f"{LATER}/averages" in done[name].out
+    assert "6 weights of step 3" in done["export older"].out
 
 
 def test_a_checkpoint_says_where_it_is_from(folder: Path, done: dict[str, Result]) -> None:
