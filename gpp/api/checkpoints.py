@@ -247,7 +247,7 @@ def load(
             if state is not None:
                 restore(state, kept, subject.keys, subject.hidden, steps=kept.manifest.step)
         values = weights(kept, keys.values())
-        return {name: values[key] for name, key in keys.items()}
+        return {name: values[key].clone() for name, key in keys.items()}
 
     return kept, crew.together(work), wrong
 

@@ -13,14 +13,16 @@ K = TypeVar("K", bound=Hashable)
 
 
 def weights(kept: Kept, names: Iterable[str], *, averaged: bool = False) -> dict[str, Tensor]:
-    """Parameters and buffers by full name, or averages. Raises CheckpointError for one that is not there."""
+    """Parameters and buffers by full name, or averages, in the files' pages: to be copied at once. Raises
+    CheckpointError for one that is not there."""
     part = kept.manifest.part
-    return _read(kept, {name: name for name in names}, part.averages if averaged else part.weights)
+    files = part.averages if averaged else part.weights
+    return _read(kept, {name: name for name in names}, files, copy=False)
 
 
 def buffers(kept: Kept, names: Iterable[str]) -> dict[str, Tensor]:
-    """Buffers that no state_dict has, by full name. Raises CheckpointError for one that is not there."""
-    return _read(kept, {name: name for name in names}, kept.manifest.part.buffers)
+    """Buffers that no state_dict has, by full name, as `weights`."""
+    return _read(kept, {name: name for name in names}, kept.manifest.part.buffers, copy=False)
 
 
 def optimizer(kept: Kept, names: Iterable[str]) -> dict[str, tuple[dict[str, Tensor], OptimizerEntry]]:
@@ -37,7 +39,9 @@ def optimizer(kept: Kept, names: Iterable[str]) -> dict[str, tuple[dict[str, Ten
     return {name: (state[name], entry) for name, entry in entries.items()}
 
 
-def _read(kept: Kept, wanted: Mapping[K, str], files: Mapping[str, str]) -> dict[K, Tensor]:
+def _read(
+    kept: Kept, wanted: Mapping[K, str], files: Mapping[str, str], *, copy: bool = True
+) -> dict[K, Tensor]:
     missing = [name for name in wanted.values() if name not in files]
     if missing:
         raise CheckpointError(
@@ -48,5 +52,5 @@ def _read(kept: Kept, wanted: Mapping[K, str], files: Mapping[str, str]) -> dict
         by_file.setdefault(files[name], []).append(name)
     found: dict[str, Tensor] = {}
     for file, names in by_file.items():
-        found |= read_tensors(kept.path / file, names)
+        found |= read_tensors(kept.path / file, names, copy=copy)
     return {key: found[name] for key, name in wanted.items()}

@@ -58,14 +58,16 @@ def write_text(path: Path, text: str) -> FileRecord:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def read_tensors(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Some tensors of a file, or all. Raises CheckpointError naming the file."""
+def read_tensors(path: Path, names: Sequence[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
+    """Some tensors of a file, or all. Without `copy` they are the file's own pages, for who copies them at
+    once: memory of their own costs more than the reading. Raises CheckpointError naming the file."""
     try:
         with safe_open(path, framework="pt") as file:
             pairs = json.loads((file.metadata() or {}).get(_COMPLEX, "[]"))
             wanted = file.keys() if names is None else names
-            # memory of their own, not the file's pages: the file is removed one day
-            found = {name: file.get_tensor(name).clone() for name in wanted}
+            found = {name: file.get_tensor(name) for name in wanted}
+            if copy:  # the file is removed one day
+                found = {name: value.clone() for name, value in found.items()}
         return {n: torch.view_as_complex(t) if n in pairs else t for n, t in found.items()}
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
