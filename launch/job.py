@@ -4,6 +4,7 @@ Every rank captures by itself (what it gets is compared); rank 0 plans and broad
 does it once and is all ranks.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -93,6 +94,7 @@ def prepare(
     `alone`: one process is all ranks. The weights are the whole model's where it is built on the host: let go
     of them once each stage has its own.
     """
+    gc.freeze()  # modules are never garbage: looking for it among them takes 0.1 s, also between steps
     request = asked(config, overrides, comm, alone=alone)
     material, initialised = together(comm, lambda: gather(config, overrides))
     together(comm, lambda: same(comm, "captured model", material.subject.graph.fingerprint()))

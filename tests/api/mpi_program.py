@@ -1,5 +1,6 @@
 """The program of an MPI job: every scene that has enough with its ranks; rank 0 prints what has passed."""
 
+import gc
 import sys
 import traceback
 
@@ -11,6 +12,7 @@ from . import scenes
 
 
 def main() -> None:
+    gc.freeze()
     torch.set_num_threads(1)
     comm = connect()
     names = list(scenes.ON_PROCESSES[comm.size])

@@ -3,6 +3,7 @@
 Rank 0 collects what the ranks ended with, compares it, and prints the name of a case that has passed.
 """
 
+import gc
 import sys
 import traceback
 
@@ -28,6 +29,7 @@ def passes(comm: MpiCommunicator, case: Case) -> None:
 
 
 def main() -> None:
+    gc.freeze()
     torch.set_num_threads(1)
     comm = connect()
     try:

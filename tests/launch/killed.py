@@ -5,6 +5,7 @@ killed, `killed` as often as said, each time while a checkpoint is written or so
 process of its own, forked here, so that Python and torch are loaded once.
 """
 
+import gc
 import os
 import random
 import signal
@@ -59,6 +60,7 @@ def kill_later(child: int, folder: Path, chance: random.Random) -> None:
 
 def main() -> None:
     seed, kills = map(int, sys.argv[1:])
+    gc.freeze()
     chance = random.Random(seed)
     for _ in range(kills):
         kill_later(started("killed", ENDLESS), Path("killed/checkpoints"), chance)

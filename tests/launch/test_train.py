@@ -17,7 +17,7 @@ from .commands import MINE, SLOW, SMALL, Result, foreign, losses, read, run_comm
 from .my_package import MyData, MyNet
 
 needs_mpi = [pytest.mark.mpi, pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))]
-TINY = (*MINE, *SLOW, "train.steps=3", "train.mini_batch=16")
+TINY = (*MINE, *SLOW, "train.steps=3", "train.mini_batch=16", "planner=sequential")
 TWO = (*TINY, "train.micro_batch=4", "cluster.devices=2")
 RESULT_KEYS = {
     *("world_size", "steps", "final_loss", "eval", "predicted_step_seconds", "measured_step_seconds"),

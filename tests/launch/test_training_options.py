@@ -17,7 +17,7 @@ from .my_package import MyNet
 
 CUT = "planner.constraints.pins={left: first, right: second, head: second}"
 TWO = (*MINE, *SLOW, "train.steps=3", "train.mini_batch=16", "train.micro_batch=4", "cluster.devices=2")
-TWO += ("cluster.flops_bf16=4e6", "planner.colocate=false", CUT)
+TWO += ("cluster.flops_bf16=4e6", "planner=sequential", CUT)
 FREEZE = ("train.init_from={left.: left.safetensors}", "train.freeze=[left.*]")
 ALL = (
     *FREEZE,
