@@ -3,7 +3,7 @@
 Runs serially before any rank's thread starts: tracing is not thread-safe.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,11 @@ from torch import Tensor, fx
 
 from gpp.plan import Edge, Plan, StageGraph
 
-from .accumulate import with_sums
 from .carve import Interface, ProgramError, carve, example_inputs, interface, value_spec
-from .halves import Halves, cut
+from .functions import Compile, Fuse, Layout, train_functions
+from .halves import cut, writers
 from .joint import trace_joint
 from .stage import (
-    BackwardInputResult,
     ForwardResult,
     Port,
     StageFunctions,
@@ -26,10 +25,7 @@ from .stage import (
     ValueSpec,
 )
 from .traced import TracedMode, TracedModel
-from .weights import WeightCast, completed, weight_casts, with_weight_casts
-
-Fuse = Callable[[fx.GraphModule], fx.GraphModule]
-Compile = Callable[[fx.GraphModule], Callable[..., Any]]
+from .weights import weight_casts, with_weight_casts
 
 
 @dataclass(frozen=True)
@@ -266,17 +262,19 @@ class _Builder:
                 if t in self.roots.coefficients
             ],
         )
-        flowing = [s for s in _specs(mode, face.inputs) if s.needs_grad]
-        functions = _train_functions(
-            cut(with_weight_casts(joint, count, casts), count + len(casts)),
-            self.hooks,
-            count,
-            casts,
-            len(outputs),
-            len(face.terms),
-            flowing,
-            size,
-            self.device,
+        halves = cut(with_weight_casts(joint, count, casts), count + len(casts))
+        layout = Layout(
+            parameters=count,
+            casts=casts,
+            outputs=len(outputs),
+            results=halves.results,
+            gradients=halves.gradients,
+            flowing=tuple(s for s in _specs(mode, face.inputs) if s.needs_grad),
+            size=size,
+            device=self.device,
+        )
+        functions = train_functions(
+            halves, self.hooks.backward, self.hooks.compile, layout, self.written(halves.forward, layout.held)
         )
         if self.hooks.warm_up:
             with torch.no_grad():
@@ -290,6 +288,15 @@ class _Builder:
                 sums = [torch.zeros_like(v) for v, t in zip(state, learning, strict=False) if t]
                 functions.backward_weight(state, list(back.stash), sums)
         return functions
+
+    def written(self, forward: fx.GraphModule, first: int) -> tuple[int, ...]:
+        """The positions of the buffers that a forward writes to, the first of which is argument `first`."""
+        changed = writers(forward.graph)
+        arguments = [node for node in forward.graph.nodes if node.op == "placeholder"]
+        buffers = arguments[first : first + len(self.buffers)]
+        # the schemas of torch's older batch norms do not say that they write to running means
+        norms = {node for node in buffers if any("batch_norm" in str(user.target) for user in node.users)}
+        return tuple(i for i, node in enumerate(buffers) if node in changed or node in norms)
 
     def called(
         self, functions: TrainFunctions, mode: TracedMode, face: Interface, size: int
@@ -322,50 +329,3 @@ class _Builder:
 
 def _no_backward(*_: Any) -> Any:
     raise ProgramError("evaluation has no backward pass")
-
-
-def _train_functions(
-    halves: Halves,
-    hooks: Hooks,
-    count: int,
-    casts: tuple[WeightCast, ...],
-    outputs: int,
-    terms: int,
-    flowing: list[ValueSpec],
-    size: int,
-    device: torch.device,
-) -> TrainFunctions:
-    run_forward = hooks.compile(halves.forward)
-    run_input = hooks.compile(hooks.backward(halves.backward_input))
-    weight_half, reached = with_sums(halves.backward_weight, count + len(casts))
-    run_weight = hooks.compile(hooks.backward(weight_half))
-    results, gradients = halves.results, halves.gradients
-
-    def forward(
-        parameters: Sequence[Tensor], buffers: Sequence[Tensor], inputs: Sequence[Tensor], position: Tensor
-    ) -> ForwardResult:
-        made = run_forward(*completed(parameters, count, casts), *buffers, *inputs, position)
-        return ForwardResult(made[:outputs], made[outputs:results], made[results:])
-
-    def backward_input(
-        parameters: Sequence[Tensor], stash: list[Tensor], tangents: Sequence[Tensor]
-    ) -> BackwardInputResult:
-        arguments = [*completed(parameters, count, casts), *stash, *tangents]
-        stash.clear()
-        made = run_input(arguments)
-        found = [
-            torch.zeros((size, *spec.shape), dtype=spec.dtype, device=device) if g is None else g
-            for g, spec in zip(made[:gradients], flowing, strict=True)
-        ]
-        return BackwardInputResult(found, made[gradients:])
-
-    def backward_weight(
-        parameters: Sequence[Tensor], stash: list[Tensor], sums: Sequence[Tensor]
-    ) -> Sequence[bool]:
-        totals = [total for total, is_reached in zip(sums, reached, strict=True) if is_reached]
-        arguments = [*completed(parameters, count, casts), *totals, *stash]
-        stash.clear()
-        run_weight(arguments)
-        return reached
-
-    return TrainFunctions(forward, backward_input, backward_weight, casts)

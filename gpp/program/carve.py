@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .attribution import OWNER, owner
 from .stage import ValueSpec
 from .traced import POSITION, TracedMode, symbol
 
@@ -139,6 +140,9 @@ def carve(
             made[node] = _number(node, mode, size)
         elif node.op == "call_function":
             made[node] = graph.node_copy(node, lambda n: _argument(n, made))
+            operator = mode.operator_of.get(node.name, mode.attached.get(node.name))
+            if operator is not None:
+                made[node].meta[OWNER] = owner(node, operator)
     results = (
         *face.outputs,
         *(mode.terms[t] for t in face.terms),

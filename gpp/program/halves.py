@@ -48,7 +48,7 @@ def cut(joint: Joint, parameters: int) -> Halves:
     """Cut; the first `parameters` arguments are handed to all three graphs and never stashed."""
     _split_masked(joint)
     graph = joint.module.graph
-    updates = _updates(graph)
+    updates = writers(graph)
     held = set(joint.arguments[:parameters])
     forward = _ancestors((*joint.outputs, *filter(_mutates, joint.forward_nodes)), set(), updates)
     given = {*joint.arguments, *joint.tangents}
@@ -95,17 +95,17 @@ def cut(joint: Joint, parameters: int) -> Halves:
 Updates = Mapping[fx.Node, tuple[fx.Node, ...]]
 
 
-def _updates(graph: fx.Graph) -> Updates:
+def writers(graph: fx.Graph) -> Updates:
     """For every value whose storage is written to: the calls that do."""
     base: dict[fx.Node, fx.Node] = {}
-    writers: dict[fx.Node, list[fx.Node]] = {}
+    found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         first = node.args[0] if node.args else None
         aliases = _mutates(node) or node.target is operator.getitem or _is_view(node)
         base[node] = base[first] if aliases and isinstance(first, fx.Node) else node
         if _mutates(node):
-            writers.setdefault(base[node], []).append(node)
-    return {node: tuple(writers[root]) for node, root in base.items() if root in writers}
+            found.setdefault(base[node], []).append(node)
+    return {node: tuple(found[root]) for node, root in base.items() if root in found}
 
 
 def _ancestors(roots: Iterable[fx.Node | None], stop: set[fx.Node], updates: Updates) -> set[fx.Node]:

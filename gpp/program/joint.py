@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
+from .attribution import Attributing, Ledger
 from .autocast import operator_called
 
 
@@ -45,16 +46,20 @@ def trace_joint(
     computed. Gradients arrive packed, so they are traced contiguous whatever the result's own strides.
     """
     border: list[int] = []
-    run: Callable[..., Any] = forward
+    ledgers: list[Ledger] = []
+    interpreter: type[Attributing] = Attributing
     wanted = [*learning, *flowing]
 
     def joint(given: list[Tensor], tangents: list[Tensor]) -> tuple[Any, ...]:
         leaves = list(given)
         for i in wanted:
             leaves[i] = leaves[i].detach().requires_grad_()
-        results = run(*leaves)
         tracer: Any = get_proxy_mode()
+        ledger = Ledger(lambda: len(tracer.tracer.graph.nodes))
+        ledgers.append(ledger)
+        results = interpreter(forward, ledger).run(*leaves)
         border.append(len(tracer.tracer.graph.nodes))
+        ledger.follow()
         roots = [results[i] for i in outputs]
         gradients = list(tangents)
         for i, seed in seeds:
@@ -71,17 +76,17 @@ def trace_joint(
             )
         return (*results, *found)
 
-    module, shapes = _traced(joint, run, arguments, outputs)
+    module, shapes = _traced(joint, forward, arguments, outputs)
     if any("mkldnn_rnn_layer_backward" in str(n.target) for n in module.graph.nodes):
         # oneDNN's fused LSTM has a backward that takes an undefined tensor, which no graph can hold
-        border.clear()
-        run = _AsCaptured(forward).run
+        interpreter = _AsCaptured
         with torch.backends.mkldnn.flags(enabled=False):
-            module, shapes = _traced(joint, run, arguments, outputs)
-    return _parts(module, border[0], len(arguments), len(outputs), shapes, len(learning))
+            module, shapes = _traced(joint, _AsCaptured(forward).run, arguments, outputs)
+    ledgers[-1].write(list(module.graph.nodes))
+    return _parts(module, border[-1], len(arguments), len(outputs), shapes, len(learning))
 
 
-class _AsCaptured(fx.Interpreter):
+class _AsCaptured(Attributing):
     """Under autocast oneDNN's LSTM returns the low precision, the steps that stand for it return float32 if
     the model's initial state is of that: what reads them was captured behind oneDNN's."""
 

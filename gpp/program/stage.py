@@ -6,11 +6,16 @@ replica's share of a micro-batch, or of what is left of the data in evaluation.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from gpp.schedule.task import Pass
 
 from .weights import WeightCast
+
+RunGraph = Callable[[Pass, fx.GraphModule, list[Tensor]], Sequence[Any]]  # of a pass, on its arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,17 @@ class TrainFunctions:
     stash list is emptied. `backward_weight(parameters, stash, sums)` adds each trainable parameter's
     gradient to its sum, in order, as soon as it is there; it returns which of them the loss reaches.
     `parameters` are the stage's, or these and behind them what `casts` says: each call then need not make it.
+    `written` are the positions of the buffers that forward writes to. `with_graphs_run_by` makes the same
+    functions of the same graphs, as they were before they were compiled, run by the caller; None where there
+    are no graphs.
     """
 
     forward: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], ForwardResult]
     backward_input: Callable[[Sequence[Tensor], list[Tensor], Sequence[Tensor]], BackwardInputResult]
     backward_weight: Callable[[Sequence[Tensor], list[Tensor], Sequence[Tensor]], Sequence[bool]]
     casts: tuple[WeightCast, ...] = ()
+    written: tuple[int, ...] = ()
+    with_graphs_run_by: "Callable[[RunGraph], TrainFunctions] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,12 @@ class StageProgram:
         """Parameters in lower precision that every call takes, of any size; an update makes them anew."""
         found = {functions.casts for functions in self.train.sizes.values()}
         return found.pop() if len(found) == 1 else ()
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The buffers that training writes to."""
+        positions = {i for functions in self.train.sizes.values() for i in functions.written}
+        return tuple(name for i, name in enumerate(self.buffers) if i in positions)
 
 
 @dataclass(frozen=True, slots=True)
