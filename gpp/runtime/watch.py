@@ -26,7 +26,8 @@ BEAT = 0.2  # seconds between two looks
 MANY = 64  # ranks, beyond which they speak more seldom
 NEWS = 1.0  # seconds after which a rank speaks though nothing is new
 SIGNS = 4  # of life at least, within the time after which one is missed
-LAST = 3.0  # seconds for the report, before a failing rank ends the job by itself
+PARDON = 1.5  # times the silence of others is allowed to who watches: else both would report it
+LAST = 5.0  # seconds for the report, before a failing rank ends the job by itself
 DEEPEST = 30  # calls shown of a thread
 
 
@@ -265,10 +266,7 @@ class Watch:
     def _look(self) -> None:
         """What whoever watches does with what it knows, if nobody before it is there to do so."""
         watcher = self._watcher
-        if watcher is None or self._closing.is_set():
-            return
-        first = next((hub for hub in self._hubs if not watcher.members[hub].gone), None)
-        if first != self.rank:
+        if watcher is None or self._closing.is_set() or not self._acts(watcher):
             return
         watcher.stages = self._doing.stages
         watcher.tick(time.monotonic())
@@ -282,6 +280,14 @@ class Watch:
             self._report(watcher.verdict)
             self._to_all({"kind": "end", "code": watcher.verdict.code})
             self._end(watcher.verdict.code)
+
+    def _acts(self, watcher: Watcher) -> bool:
+        """Whether those who watch before this rank are gone, or have been silent for longer than they would
+        let others be."""
+        silence = PARDON * self.rules.silence * max(member.sight.patience for member in watcher.members)
+        now = time.monotonic()
+        before = [watcher.members[hub] for hub in self._hubs[: self._hubs.index(self.rank)]]
+        return all(member.gone or now - member.heard > silence for member in before)
 
     def _pause(self, reason: str) -> None:
         self._to_all({"kind": "pause", "reason": reason})
@@ -298,9 +304,7 @@ class Watch:
 
     def _end(self, code: int) -> None:
         """End this process, and the job if this is who watches."""
-        watches = self._watcher is not None and all(
-            self._watcher.members[hub].gone for hub in self._hubs[: self._hubs.index(self.rank)]
-        )
+        watches = self._watcher is not None and self._acts(self._watcher)
         spoken()
         if watches:
             threading.Timer(1.0, os._exit, (code,)).start()  # in case the library does not return
