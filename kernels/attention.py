@@ -31,6 +31,7 @@ from .attention_gradient import (
     attention_backward_mask,
     attention_backward_query,
 )
+from .attention_layout import is_whole, narrowed, score_scale, shaped_like, widened
 from .attention_reference import reference_forward
 from .attention_tiles import (
     NOT_SPECIALIZED,
@@ -42,7 +43,6 @@ from .attention_tiles import (
     head_rows,
     key_range,
     masked_scores,
-    shaped_like,
     store_head_rows,
 )
 from .keyed import keyed_ahead, keyed_kept, keyed_place, keyed_stream
@@ -191,7 +191,11 @@ def launch_forward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, peak, log_sum): y like query, the statistics float32 [samples, heads, queries]."""
-    options = (mask, position, node_key, elements, p, causal, scale)
+    options = (mask, position, node_key, elements, p, causal, score_scale(scale, query.shape[3]))
+    if not is_whole(query):
+        wide, key, value = widened(query, key, value)
+        y, peak, log_sum = launch_forward(wide, key, value, *options)
+        return narrowed(y, query), peak, log_sum
     y, peak, log_sum = empty_forward(query)
     arguments, constants = common("forward", query, key, value, *options)
     launch(

@@ -21,6 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_key_value_gradient import attention_key_value_kernel
+from .attention_layout import (
+    aligned,
+    along,
+    is_whole,
+    narrowed,
+    score_scale,
+    shaped_like,
+    widened,
+)
 from .attention_query_gradient import attention_query_kernel
 from .attention_reference import (
     reference_backward_key_value,
@@ -29,13 +38,11 @@ from .attention_reference import (
     reference_delta,
 )
 from .attention_tiles import (
-    along,
     check_attention,
     common,
     head_base,
     head_of_block,
     head_rows,
-    shaped_like,
 )
 from .launch import blocks, launch, power_of_two
 from .library import check_dtype, check_tensors, register, require
@@ -100,7 +107,12 @@ def launch_query(
     *rest: Any,
 ) -> Tensor:
     """dquery."""
-    dquery, dy = shaped_like(query), along(dy)
+    *options, scale = rest
+    rest = (*options, score_scale(scale, query.shape[3]))
+    if not is_whole(query):
+        wide = launch_query(*widened(dy, query, key, value), peak, log_sum, delta, *rest)
+        return narrowed(wide, query)
+    dquery, dy = shaped_like(query), aligned(dy)
     arguments, constants = common("query", query, key, value, *rest)
     launch(
         attention_query_kernel,
@@ -122,7 +134,12 @@ def launch_key_value(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """(dkey, dvalue)."""
-    dkey, dvalue, dy = shaped_like(key), shaped_like(value), along(dy)
+    *options, scale = rest
+    rest = (*options, score_scale(scale, query.shape[3]))
+    if not is_whole(query):
+        wide = launch_key_value(*widened(dy, query, key, value), peak, log_sum, delta, *rest)
+        return narrowed(wide[0], key), narrowed(wide[1], value)
+    dkey, dvalue, dy = shaped_like(key), shaped_like(value), aligned(dy)
     arguments, constants = common("key_value", query, key, value, *rest)
     launch(
         attention_key_value_kernel,

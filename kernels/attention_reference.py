@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_tiles import LOG2_E, LOWEST, score_scale, shaped_like
+from .attention_layout import score_scale, shaped_like
+from .attention_tiles import LOG2_E, LOWEST
 from .keyed import reference_factor
 from .rows import statistics_dtype
 

@@ -8,7 +8,6 @@ functions take indices that broadcast to it.
 # Kernel parameters have no Python types: mypy sees the functions that a host calls.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_layout import aligned, kernel_mask
 from .keyed import check_keyed, threshold_and_scale
 from .launch import power_of_two
 from .library import check_dtype, check_tensors, require
@@ -45,29 +45,40 @@ class Tile:
     stages: int
 
 
-def configuration(kernel: str, head: int, dtype: torch.dtype, mask_rows: bool) -> Tile:
+def configuration(kernel: str, head: int, dtype: torch.dtype, mask_rows: bool, grouped: bool = False) -> Tile:
     """For `forward`, `query` and `key_value`; `step`, which orders sums, follows from dtype and head size.
 
-    What else a program owns must leave its registers room, above all beside a mask that differs from query to
-    query.
+    What else a program owns must leave its registers room: above all beside a mask that differs from query to
+    query, the more so where queries of several heads are grouped, and where a head does not fill its block.
     """
-    large = head > 64
+    large, crowded = head > 64, kernel == "key_value" and mask_rows
     if dtype.itemsize > 2:
-        least = kernel == "key_value" and large and mask_rows  # at 32 its registers spill
-        return Tile(16 if least else 32, 32, 8, 1 if kernel == "forward" else 2)
+        if crowded and (large or grouped):
+            return Tile(16, 32, 8, 1 if grouped else 2)
+        return Tile(32, 32, 8, 1 if kernel == "forward" else 2)
+    partial = not _fills(head)
     if kernel == "forward":
-        return Tile(64, 64, 8, 2) if large and mask_rows else Tile(128, 64, 8, 3 if head > 32 else 4)
+        small = large and (mask_rows or partial)
+        return Tile(64, 64, 8, 2) if small else Tile(128, 64, 8, 3 if head > 32 else 4)
     if kernel == "query":
-        return Tile(64, 32, 4, 2) if large and mask_rows else Tile(128, 32, 8, 3)
+        small = large and (mask_rows or partial)
+        return Tile(64, 32, 8 if partial else 4, 2) if small else Tile(128, 32, 8, 3)
     if large or mask_rows:
-        return Tile(64, 32, 8, 2 if large else 1)
+        return Tile(32 if large and crowded and grouped else 64, 32, 8, 2 if large else 1)
     return Tile(128, 32, 8, 3)
 
 
-def tile_of(kernel: str, query: Tensor, mask_rows: bool) -> Tile:
-    """The tile of a kernel for these queries."""
+def _fills(head: int) -> bool:
+    return power_of_two(head) == head
+
+
+def tile_of(kernel: str, query: Tensor, mask_rows: bool, grouped: bool) -> Tile:
+    """The tile of a kernel for these queries. A table knows heads that fill their block, and those that are
+    not grouped: where there is less room, its tiles might spill."""
     head = query.shape[3]
-    static = configuration(kernel, head, query.dtype, mask_rows)
+    static = configuration(kernel, head, query.dtype, mask_rows, grouped)
+    if not _fills(head) or grouped:
+        return static
     return tuned(f"attention_{kernel}", static, query, head=head, mask_rows=mask_rows)
 
 
@@ -165,33 +176,6 @@ def weights_again(t, peak, log_sum, MASK: tl.constexpr):
     return tl.exp2(t - (peak + log_sum))
 
 
-def kernel_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask as [samples, heads, queries, keys], not copied; booleans as bytes."""
-    if mask is None:
-        return None
-    plain = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    return plain.expand(*query.shape[:3], key.shape[2])
-
-
-def along(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous; copied only if it is not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def shaped_like(tensor: Tensor) -> Tensor:
-    """A new tensor [samples, heads, rows, head]; the rows lie outside the heads in memory where they do so in
-    `tensor`, as in views of a projection, so that views of the result need no copy either."""
-    samples, heads, rows, head = tensor.shape
-    if tensor.stride(1) < tensor.stride(2):
-        return tensor.new_empty((samples, rows, heads, head)).transpose(1, 2)
-    return tensor.new_empty((samples, heads, rows, head))
-
-
-def score_scale(scale: float | None, head: int) -> float:
-    """What products of queries and keys are multiplied by: one by the root of the head size by default."""
-    return 1.0 / math.sqrt(head) if scale is None else scale
-
-
 def common(
     kernel: str,
     query: Tensor,
@@ -203,15 +187,15 @@ def common(
     elements: int,
     p: float,
     causal: bool,
-    scale: float | None,
+    scale: float,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first arguments of the three kernels, and the constants and options of one of them.
+    """The first arguments of the three kernels for whole heads, and the constants and options of one of them.
 
     In float32 the assembler would rather spill a few bytes than give up a block on a processor: told that it
     may take all registers, it does not.
     """
     head = query.shape[-1]
-    query, key, value = along(query), along(key), along(value)
+    query, key, value = aligned(query), aligned(key), aligned(value)
     wide = kernel_mask(mask, query, key)
     dropping = position is not None and p > 0.0
     arguments = (
@@ -221,10 +205,10 @@ def common(
         *(query.shape[1], query.shape[1] // max(1, key.shape[1]), query.shape[2], key.shape[2]),
         *(node_key, elements),
         *(threshold_and_scale(p) if dropping else (0, 1.0)),
-        score_scale(scale, head) * LOG2_E,
+        scale * LOG2_E,
     )
     mask_rows = wide is not None and wide.stride(2) != 0
-    tile = tile_of(kernel, query, mask_rows)
+    tile = tile_of(kernel, query, mask_rows, grouped=query.shape[1] > key.shape[1])
     constants = {
         "CAUSAL": causal,
         "DROPOUT": dropping,
@@ -232,7 +216,7 @@ def common(
         "MASK_ROWS": mask_rows,
         "PRECISION": precision(),
         "HEAD": head,
-        "WIDTH": max(16, power_of_two(head)),
+        "WIDTH": power_of_two(head),
         "OWN": tile.own,
         "STEP": tile.step,
         "num_warps": tile.warps,

@@ -262,26 +262,46 @@ def interaction_cases() -> Iterator[Case]:
 
 
 def attention_cases(every: bool) -> Iterator[Case]:
-    """Half precision with the largest heads, and float32; with every every head size, mask and option."""
-    bfloat, wide = torch.bfloat16, torch.float32
-    cases = [(bfloat, 128, True, 0.1, "none"), (wide, 64, False, 0.1, "padding")]
+    """Half precision with the largest heads, float32, and the head that leaves least room for registers; with
+    every every head size, mask and option, heads that fill no block or are copied into larger ones, and heads
+    that share keys."""
+    bfloat, single = torch.bfloat16, torch.float32
+    cases = [
+        (bfloat, 128, True, 0.1, "none"),
+        (single, 64, False, 0.1, "padding"),
+        (bfloat, 100, False, 0.1, "added float32"),
+    ]
+    groups = [1] * len(cases)
     if every:
         masks = ("none", "padding", "of queries", "added")
         cases += list(itertools.product((bfloat,), (128, 64, 32), (False,), (0.0, 0.1), masks))
         cases += list(itertools.product((bfloat,), (128, 64, 32), (True,), (0.0, 0.1), masks[:1]))
-        cases += list(itertools.product((wide,), (128, 64, 32), (False,), (0.1,), masks))
-        cases += [(wide, head, True, 0.1, "none") for head in (128, 32)]
-    for dtype, head, causal, p, mask in cases:
+        cases += list(itertools.product((single,), (128, 64, 32), (False,), (0.1,), masks))
+        cases += [(single, head, True, 0.1, "none") for head in (128, 32)]
+        wide = ("added float32", "padding of float32")
+        cases += list(itertools.product((bfloat,), (80, 40), (False,), (0.1,), (*masks, *wide)))
+        cases += list(itertools.product((bfloat,), (80, 40), (False, True), (0.0,), masks[:1]))
+        cases += list(itertools.product((bfloat,), (128, 96, 64, 32, 16), (False,), (0.1,), wide))
+        cases += list(itertools.product((bfloat,), (100, 96, 80, 40), (True,), (0.1,), masks[:1]))
+        groups = [1] * len(cases)
+        shared = list(itertools.product((bfloat,), (128, 96, 64, 16), (False,), (0.1,), (*masks, wide[0])))
+        shared += list(itertools.product((single,), (128, 64, 16), (False,), (0.1,), ("none", "added")))
+        cases, groups = cases + shared, groups + [4] * len(shared)
+    for (dtype, head, causal, p, mask), group in zip(cases, groups, strict=True):
         query, key, value = empty(8, 512, 3, 16, head, dtype=dtype).permute(2, 0, 3, 1, 4)
+        key, value = key[:, ::group], value[:, ::group]
         given = {
             "none": None,
             "padding": empty(8, 1, 1, 512, dtype=torch.bool),
+            "padding of float32": empty(8, 1, 1, 512, dtype=single),
             "of queries": empty(8, 1, 512, 512, dtype=torch.bool),
             "added": empty(8, 1, 512, 512, dtype=dtype),
+            "added float32": empty(8, 1, 512, 512, dtype=single),
         }[mask]
         position = empty(2, dtype=torch.int64)
         options = (given, position, 1 << 62, 16 * 512 * 512, p, causal, None)
         case = f"attention {dtype} head {head} causal {causal} p {p} mask {mask}"
+        case += f" grouped by {group}" if group > 1 else ""
         yield case, attention.launch_forward, (query, key, value, *options)
         y, peak, log_sum = attention.empty_forward(query)
         yield case, attention_gradient.launch_delta, (y, y)

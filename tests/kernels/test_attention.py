@@ -1,5 +1,6 @@
 """Attention as torch sees it, and the patterns that put it in a stage; on CPU, so by its reference."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from gpp.program.carve import carve, interface
 from gpp.program.random import key_of, keyed_attention, keyed_bits, keyed_dropout
 from kernels.attention import attention, attention_forward
 from kernels.fuse import FuseReport, fuse
+from kernels.launches import launches, with_gradients
 from kernels.patterns.match import Keyed
 
 functional = nn.functional
@@ -120,6 +122,23 @@ def test_a_half_that_is_not_needed_is_not_run() -> None:
     before = ["attention_forward", "attention_backward_delta"]
     assert targets(slice(0, 1)) == [*before, "attention_backward_query"]
     assert targets(slice(1, 3)) == [*before, "attention_backward_key_value"]
+
+
+def test_aligned_rows_are_not_copied_and_others_are() -> None:
+    def kernels(head: int, keys: int, dtype: torch.dtype = torch.bfloat16) -> Counter[str]:
+        q, k, v = torch.randn(2, keys, 3 * 2 * head, dtype=dtype).unflatten(-1, (3, 2, head)).unbind(2)
+        mask = torch.ones(2, 1, keys, keys, dtype=torch.bool)
+        turned = [t.transpose(1, 2).detach().requires_grad_() for t in (q, k, v)]
+        return launches(with_gradients(lambda *t: dropped(*t, mask)), *turned)
+
+    whole = kernels(80, 32)
+    kinds = ("forward", "delta", "query", "key_value")
+    assert whole == {f"attention_{kind}_kernel": 1 for kind in kinds}
+    assert kernels(80, 33) - whole == {"aten.copy_.default": 3}  # the mask, in each of the large ones
+    widened = kernels(20, 32) - whole
+    # three of forward and four of each half get zeros behind their rows; four results are taken out again
+    assert widened == {"aten.new_zeros.default": 11, "aten.copy_.default": 15}
+    assert kernels(80, 32, torch.float32) - whole == widened
 
 
 def test_shapes_are_known_of_meta_and_fake_tensors() -> None:

@@ -85,6 +85,11 @@ def test_kernels_compile_without_spilling(architecture: int, tables: dict[int, l
     assert [row for row in table if row["shared"] > SHARED_MEMORY[architecture]] == []
 
 
+def is_crowded(case: str) -> bool:
+    """Beside a mask of each query, gradients of keys that heads share leave a tile too small for wgmma."""
+    return "grouped" in case and any(mask in case for mask in ("of queries", "added"))
+
+
 def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
     tables: dict[int, list[dict[str, Any]]],
 ) -> None:
@@ -92,7 +97,9 @@ def test_half_precision_and_tf32_products_use_the_tensor_cores_of_hopper(
     products = [
         row
         for row in tables[90]
-        if any(kind in row["kernel"] for kind in kinds) and "float32" not in row["case"]
+        if any(kind in row["kernel"] for kind in kinds)
+        and "torch.float32" not in row["case"]
+        and not is_crowded(row["case"])
     ]
     assert len(products) >= 15
     assert [row for row in products if row["wgmma"] == 0] == []
