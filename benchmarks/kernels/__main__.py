@@ -5,6 +5,7 @@ Writes kernels.md, kernels.json and, where matplotlib is installed, figures into
 says so, writes nothing and ends with code 0. `--help` lists the keys.
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from gpp.runtime.mpi import MpiCommunicator
 
 NO_GPU = "benchmarks.kernels: there is no GPU here, so nothing is measured and nothing is written"
+SEVERAL = {"-m", "--multirun"}  # Hydra writes a folder for several runs before the first of them begins
 
 
 def benchmark(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
@@ -25,8 +27,7 @@ def benchmark(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     from .settings import settings
 
     asked = settings(config)
-    if not torch.cuda.is_available():
-        print(NO_GPU, flush=True)
+    if says_no_gpu():
         return
     from .clock import CudaClock
 
@@ -34,5 +35,15 @@ def benchmark(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     tuned_and_measured(asked, clock, torch.cuda.get_device_name(clock.device))
 
 
-if __name__ == "__main__":
+def says_no_gpu() -> bool:
+    """Whether there is none; then it has said so."""
+    import torch
+
+    missing = not torch.cuda.is_available()
+    if missing:
+        print(NO_GPU, flush=True)
+    return missing
+
+
+if __name__ == "__main__" and not (SEVERAL & set(sys.argv[1:]) and says_no_gpu()):
     launch(benchmark, "benchmark_kernels")

@@ -29,6 +29,7 @@ from kernels import dropout, tuning
 from kernels.tuning import Table, tuned, using
 from launch.settings import SettingsError
 from launch.start import CONF
+from tests.thorough import thorough
 
 GPU = "Made-up GPU"
 TOPS = Ceilings(copy=4e12, product={"bf16": 8e14, "fp32": 5e13})
@@ -394,9 +395,11 @@ def test_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_is_said_and_nothing_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [(), pytest.param(("-m",), marks=thorough)])
+def test_without_a_gpu_one_line_is_said_and_nothing_written(tmp_path: Path, several: tuple[str]) -> None:
+    asked = (*several, f"out={tmp_path}/results", "dtype=bf16", "tune=true")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels", f"out={tmp_path}/results", "dtype=bf16", "tune=true"],
+        [sys.executable, "-m", "benchmarks.kernels", *asked],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True,
