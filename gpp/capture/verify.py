@@ -69,7 +69,10 @@ def _eager(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Values, Value
     owned = [
         (m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None
     ]
+    kept = {p: p.grad for p in model.parameters()}  # of the user's, not to be added to ours
     try:
+        for parameter in kept:
+            parameter.grad = None
         model.train()
         with torch.enable_grad(), _Undrawn():  # type: ignore[no-untyped-call]
             returned = model(**{k: v.clone() for k, v in batch.items()})
@@ -86,8 +89,8 @@ def _eager(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Values, Value
             for module, key, buffer, before in owned:
                 module._buffers[key] = buffer
                 buffer.copy_(before)
-        for parameter in model.parameters():
-            parameter.grad = None
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient
 
 
 def _ratio(value: Any) -> Tensor:

@@ -108,6 +108,8 @@ class Image(nn.Module):
 )
 def test_what_is_the_same_passes_and_leaves_no_trace(model: nn.Module) -> None:
     state = {n: v.clone() for n, v in model.state_dict().items()}
+    first, *others = model.parameters()
+    first.grad = left = torch.ones_like(first)  # by a user's own backward
     check(model)
     assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+    assert first.grad is left and bool((left == 1).all()) and all(p.grad is None for p in others)
