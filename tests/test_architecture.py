@@ -43,17 +43,14 @@ def test_style(command: tuple[str, ...]) -> None:
         ("gpp", ("torch", "numpy", "networkx")),
         ("gpp.api.plan", ("torch", "mpi4py", "hydra")),
         ("gpp.api.start", ("mpi4py", "hydra")),
-        ("gpp.models.mmt", ("mpi4py", "hydra", "gpp.runtime")),
+        ("gpp.models.mmt", ("mpi4py", "hydra", "gpp.runtime")),  # it loads torch: the check can fail
     ],
 )
 def test_what_is_loaded(module: str, forbidden: tuple[str, ...]) -> None:
     found = tool(sys.executable, "-c", f"import sys, {module}; print(*sys.modules)").split()
     assert module in found
     assert [name for name in forbidden if name in found] == []
-
-
-def test_the_check_of_what_is_loaded_can_fail() -> None:
-    assert "torch" in tool(sys.executable, "-c", "import sys, gpp.models.mmt; print(*sys.modules)").split()
+    assert ("torch" in found) == ("torch" not in forbidden and module != "gpp")
 
 
 def test_planning_starts_quickly() -> None:

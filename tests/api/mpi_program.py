@@ -23,12 +23,12 @@ def main() -> None:
             said = comm.all_gather_object(scenes.refusals())
             assert said == said[:1] * 3, said
             assert all(text.startswith("rank ") and "key '" in text for text in said[0]), said[0]
-            scenes.planned_by_arguments()
             scenes.unequal_batches(comm.rank)
             scenes.unequal_arguments(comm.rank)
             names += ["refusals", "unequal"]
         if comm.size == 4:
             scenes.predictions_in_order((2, 1, 1))
+            scenes.planned_by_arguments()
             names += ["predictions"]
     except BaseException:
         print(f"rank {comm.rank}:", traceback.format_exc(), file=sys.stderr, flush=True)

@@ -57,6 +57,7 @@ def equal_to_the_reference(case: Case) -> None:
         ema=case.ema,
         seed=5,
         device="cpu",
+        verify=False,
     ) as pipe:
         for number in range(STEPS):
             found = pipe.step(ready.batches[number])
@@ -157,7 +158,7 @@ def unequal_batches(rank: int) -> None:
 def unequal_arguments(rank: int) -> None:
     """Ranks that are asked for other things are all told so; what a pipeline has opened it closes."""
     hook, files = sys.excepthook, len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
+    for _ in range(2):
         in_stages(ranked(), ("a",), ("b",), ("",), replicas=(1, 1, 1)).close()
     assert sys.excepthook is hook and len(os.listdir("/proc/self/fd")) <= files + 1
     with pytest.raises(DisagreementError, match=r"pipeline's mini_batch, clip_norm, .* on ranks 0, 2"):

@@ -32,6 +32,7 @@ def alone(room: int) -> subprocess.CompletedProcess[str]:
     )
 
 
+@thorough
 @needs_limits
 def test_with_little_address_space() -> None:
     done = alone(16)  # less than the state of AdamW for one stage

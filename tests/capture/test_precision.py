@@ -1,5 +1,7 @@
 """A model captured under autocast computes what eager autocast computes, to the bit."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,7 @@ def batch(model: nn.Module, samples: int) -> dict[str, Tensor]:
     return {**found, "label": torch.randint(0, 5, (samples,), generator=draw)}
 
 
+@cache
 def made(kind: type[nn.Module], autocast: Autocast | None = BF16) -> tuple[nn.Module, Captured]:
     model = build_plain(kind, 1).model
     return model, capture(model, batch(model, 4), seed=5, autocast=autocast)

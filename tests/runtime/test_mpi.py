@@ -20,7 +20,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "synchronous"), [pytest.param(2, "0", marks=thorough), (4, "0"), (3, "1")])
+@pytest.mark.parametrize(
+    ("ranks", "synchronous"),
+    [(4, "0"), *(pytest.param(*some, marks=thorough) for some in ((2, "0"), (3, "1")))],
+)
 def test_cases(ranks: int, synchronous: str) -> None:
     environment = {"GPP_SYNCHRONOUS_SENDS": synchronous}
     job = run_mpi(ranks, str(PROGRAM), "passing", timeout=120, environment=environment)
