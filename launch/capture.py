@@ -12,7 +12,8 @@ from gpp.graph import graph_to_json
 
 from .guard import first_rank
 from .plans import graph_text
-from .settings import check_choices, check_keys
+from .problems import Collected
+from .settings import check_choices, check_keys, train_settings
 from .start import launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
@@ -26,10 +27,15 @@ def capture(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
 
 def _capture(config: DictConfig) -> None:
     from .job import gather
+    from .validation import check_material
 
-    check_keys(config)
-    check_choices(config)
-    graph = gather(config, own_overrides())[0].subject.graph
+    overrides = own_overrides()
+    with Collected() as read:
+        read(check_keys, config)
+        read(check_choices, config)
+        read(train_settings, config)
+        read(check_material, config, overrides)
+    graph = gather(config, overrides)[0].subject.graph
     target = run_folder().resolve() / "graph.json"
     target.write_text(graph_to_json(graph))
     print(f"{graph_text(graph)}: {target}", flush=True)

@@ -13,13 +13,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gpp.planner.estimate import Problem
 
+from .cluster import topology
 from .comparison import Row, compared, comparison_csv, comparison_table
 from .figures import draw
 from .guard import first_rank
-from .plan import subject_of
+from .plan import announced, captured_subject, subject_named
 from .planner_settings import KEYS, NAMES
-from .plans import Request, Subject, check_request
-from .settings import SettingsError, costs, topology, train_settings
+from .plans import Request, Subject, request_of
+from .problems import Collected, SettingsError
+from .settings import costs, train_settings
 from .start import CONF, launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
@@ -32,15 +34,10 @@ def compare(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
 
 
 def _compare(config: DictConfig, overrides: Sequence[str]) -> None:
-    planners = planners_of(config)
-    requests = [
-        {name: Request(_asked(config, name, count, batch), overrides, count) for name in planners}
-        for count, batch in steps_of(config)
-    ]
-    for each in requests:
-        for request in each.values():
-            check_request(request)
-    subject = subject_of(requests[0][planners[0]])
+    with Collected() as read:
+        requests = read(_requests, config, overrides)
+        subject = read(subject_named, config, overrides)
+    subject = announced(subject) if subject else captured_subject(config, overrides)
     rows: list[Row] = []
     for each in requests:
         rows += compared({name: problem_of(request, subject) for name, request in each.items()})
@@ -49,6 +46,19 @@ def _compare(config: DictConfig, overrides: Sequence[str]) -> None:
     (folder / "comparison.csv").write_text(comparison_csv(rows))
     print(f"table: {folder / 'comparison.csv'}")
     print(drawn(rows, folder, config), flush=True)
+
+
+def _requests(config: DictConfig, overrides: Sequence[str]) -> list[dict[str, Request]]:
+    """For each number of devices what each planner is asked."""
+    with Collected() as read:
+        requests = [
+            {
+                name: read(request_of, _asked(config, name, count, batch), overrides)
+                for name in read(planners_of, config) or NAMES
+            }
+            for count, batch in read(steps_of, config) or [(1, 1)]
+        ]
+    return requests
 
 
 def problem_of(request: Request, subject: Subject) -> Problem:

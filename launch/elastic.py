@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpp.runtime.environment import fault_tolerance
 
-from .settings import SettingsError, TrainSettings
+from .problems import SettingsError
+from .settings import TrainSettings
 
 if TYPE_CHECKING:
     from gpp.runtime.mpi import MpiCommunicator

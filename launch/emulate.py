@@ -4,6 +4,7 @@ A plan for many devices runs on a few cores, and its prediction is held against 
 and no data; rank 0 alone captures the model, without weights, or nobody does where `plan=` names a plan.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -24,9 +25,10 @@ from .guard import together
 from .job import asked, gather
 from .log import Log, announce_plan, counted
 from .plans import Request, make_plan, replay
-from .settings import SettingsError, TrainSettings, choice, number, train_settings, whole
+from .problems import Collected, SettingsError
+from .settings import TRANSPORTS, TrainSettings, choice, number, train_settings, whole
 from .start import own_overrides, run_folder
-from .transport import TRANSPORTS
+from .validation import check_material
 
 if TYPE_CHECKING:
     from gpp.runtime.mpi import MpiCommunicator
@@ -54,11 +56,13 @@ class Emulation:
 def emulation(config: DictConfig) -> Emulation:
     """The `emulation` group, checked."""
     size = OmegaConf.select(config, "emulation.message_bytes")
-    return Emulation(
-        number(config, "emulation.slowdown", above=0.0),
-        None if size is None else whole(config, "emulation.message_bytes", 1),
-        "device" if choice(config, "transport.name", TRANSPORTS) == "device" else "host",
-    )
+    with Collected() as read:
+        found = Emulation(
+            read(number, config, "emulation.slowdown", above=0.0),
+            None if size is None else read(whole, config, "emulation.message_bytes", 1),
+            "device" if read(choice, config, "transport.name", TRANSPORTS) == "device" else "host",
+        )
+    return found
 
 
 def emulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
@@ -66,9 +70,10 @@ def emulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     alone = mpi is None
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
     folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
-    wanted = together(comm, lambda: emulation(config))
-    settings = together(comm, lambda: _settings(config))
-    request = asked(config, own_overrides(), comm, alone=alone)
+    overrides = own_overrides()
+    request, (wanted, settings) = asked(
+        config, overrides, comm, lambda: _checked(config, overrides), alone=alone
+    )
 
     def make() -> tuple[str, float]:
         start = perf_counter()
@@ -96,6 +101,14 @@ def emulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         run(LoopbackWorld(ranks), work, 1)
 
 
+def _checked(config: DictConfig, overrides: Sequence[str]) -> tuple[Emulation, TrainSettings]:
+    with Collected() as read:
+        wanted, settings = read(emulation, config), read(_settings, config)
+        if OmegaConf.select(config, "plan") is None:
+            read(check_material, _light(config), overrides)
+    return wanted, settings
+
+
 def _settings(config: DictConfig) -> TrainSettings:
     """The `train` group, in which nothing is kept."""
     settings = train_settings(config)
@@ -111,9 +124,14 @@ def _plan(config: DictConfig, request: Request) -> Plan:
     """The plan of `plan=`, or one for the captured model; planned on rank 0."""
     if request.plan_path is not None:
         return replay(request, request.plan_path)
+    return make_plan(request, gather(_light(config), request.overrides)[0].subject)
+
+
+def _light(config: DictConfig) -> DictConfig:
+    """The configuration by which a model is captured without weights."""
     light = config.copy()
     light.device, light.train.init, light.train.init_from = "cpu", "recorded", None
-    return make_plan(request, gather(light, request.overrides)[0].subject)
+    return light
 
 
 def _rank(

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from .guard import first_rank
-from .settings import SettingsError, own_path
+from .problems import Collected, SettingsError
+from .settings import own_path
 from .start import launch
+from .writable import check_writable
 
 if TYPE_CHECKING:
     from gpp.runtime.mpi import MpiCommunicator
@@ -29,22 +31,22 @@ def _export(config: DictConfig) -> None:
     from gpp.checkpoint.tensors import CheckpointError, write_tensors
     from gpp.plan_table import readable_bytes
 
-    path, output, averaged = _path(config, "checkpoint"), _path(config, "output"), config.averaged
-    if not isinstance(averaged, bool):
-        raise SettingsError(f"averaged must be true or false, it is {averaged!r}")
-    kept, wrong = find_sound(path, Crew(None))
+    with Collected() as read:
+        output, averaged = read(_output, config), read(_averaged, config)
+        found = read(lambda: find_sound(_path(config, "checkpoint"), Crew(None)))
+    kept, wrong = found
     for text in wrong:
         print(f"passed over: {text}")
     part = kept.manifest.part
     if averaged and not part.averages:
         raise CheckpointError(f"{kept.path} has no moving average of the weights: train.ema keeps one")
-    found = weights(kept, part.weights)
+    tensors = weights(kept, part.weights)
     if averaged:
-        found |= weights(kept, part.averages, averaged=True)
+        tensors |= weights(kept, part.averages, averaged=True)
     half = output.with_name(f"{output.name}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        size = write_tensors(half, found).bytes
+        size = write_tensors(half, tensors).bytes
         half.replace(output)
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error.strerror or error}") from error
@@ -52,7 +54,21 @@ def _export(config: DictConfig) -> None:
         with suppress(OSError):
             half.unlink()
     what = "moving averages" if averaged else "weights"
-    print(f"{len(found)} {what} of step {kept.manifest.step}, {readable_bytes(size)}: {output}", flush=True)
+    print(f"{len(tensors)} {what} of step {kept.manifest.step}, {readable_bytes(size)}: {output}", flush=True)
+
+
+def _averaged(config: DictConfig) -> bool:
+    if not isinstance(config.averaged, bool):
+        raise SettingsError(f"averaged must be true or false, it is {config.averaged!r}")
+    return config.averaged
+
+
+def _output(config: DictConfig) -> Path:
+    output = _path(config, "output")
+    check_writable(output.parent, "output")
+    if output.is_dir():
+        raise SettingsError(f"output must be a file, {output} is a folder")
+    return output
 
 
 def _path(config: DictConfig, key: str) -> Path:

@@ -37,15 +37,14 @@ from gpp.runtime.state import MakeOptimizer, MakeScheduler
 
 from .guard import together
 from .kernels import hooks
-from .objects import chosen, dataset, model_builder
+from .objects import chosen, data_object, dataset, model_builder
 from .optimizers import optimizer_maker, scheduler_maker
-from .plans import Request, Subject, check_request, make_plan, replay
+from .plans import Request, Subject, make_plan, request_of
+from .problems import Collected, SettingsError
 from .settings import (
-    SettingsError,
     TrainSettings,
     choice,
     configuration_digest,
-    device_count,
     own_path,
     precision_name,
     train_settings,
@@ -86,17 +85,14 @@ class Job:
         return self.arranged.plan
 
 
-def prepare(
-    config: DictConfig, overrides: Sequence[str], comm: Communicator, *, alone: bool
-) -> tuple[Job, int, Initialised]:
+def prepare(request: Request, comm: Communicator, *, alone: bool) -> tuple[Job, int, Initialised]:
     """The job, the number of ranks, and the initial weights; called by all ranks together.
 
     `alone`: one process is all ranks. The weights are the whole model's where it is built on the host: let go
     of them once each stage has its own.
     """
     gc.freeze()  # modules are never garbage: looking for it among them takes 0.1 s, also between steps
-    request = asked(config, overrides, comm, alone=alone)
-    material, initialised = together(comm, lambda: gather(config, overrides))
+    material, initialised = together(comm, lambda: gather(request.config, request.overrides))
     together(comm, lambda: same(comm, "captured model", material.subject.graph.fingerprint()))
 
     def make() -> tuple[str, float]:
@@ -110,21 +106,32 @@ def prepare(
     return Job(material, arranged, seconds), request.count if alone else comm.size, initialised
 
 
-def asked(config: DictConfig, overrides: Sequence[str], comm: Communicator, *, alone: bool) -> Request:
-    """What is asked for, the same on all ranks, checked as far as it can be without a model."""
+def asked(
+    config: DictConfig,
+    overrides: Sequence[str],
+    comm: Communicator,
+    also: Callable[[], T],
+    *,
+    alone: bool,
+) -> tuple[Request, T]:
+    """What is asked for, the same on all ranks, checked as far as it can be without a model, and what `also`
+    returns, which checks the rest. All problems of a rank are said in one message; called by all ranks."""
     together(comm, lambda: same(comm, "configuration", configuration_digest(config)))
 
-    def ask() -> Request:
-        count = device_count(config, None if alone else comm.size)
-        request = Request(config, overrides, count, None if alone else comm.hosts)
-        check_request(request)
-        if OmegaConf.select(config, "profile") is not None:
-            raise SettingsError("profile= is for launch.plan: training needs the model itself")
-        if comm.rank == 0 and request.plan_path is not None:
-            replay(request, request.plan_path)  # before a long capture; other hosts need not see the file
-        return request
+    def ask() -> tuple[Request, T]:
+        world, hosts = (None, None) if alone else (comm.size, comm.hosts)
+        with Collected() as read:
+            request = read(request_of, config, overrides, world, hosts, reads=comm.rank == 0)
+            read(_no_profile, config)
+            found = read(also)
+        return request, found
 
     return together(comm, ask)
+
+
+def _no_profile(config: DictConfig) -> None:
+    if OmegaConf.select(config, "profile") is not None:
+        raise SettingsError("profile= is for launch.plan: training needs the model itself")
 
 
 def gather(config: DictConfig, overrides: Sequence[str]) -> tuple[Material, Initialised]:
@@ -135,10 +142,11 @@ def gather(config: DictConfig, overrides: Sequence[str]) -> tuple[Material, Init
     factor = optimizer_factor(make_optimizer)
     make_scheduler = scheduler_maker(config, overrides, make_optimizer)
     autocast = autocast_of(config, device)
-    build = model_builder(chosen(config, "model", overrides))
-    initialised = _initialised(build, settings)
+    with Collected() as read:
+        initialised = read(_initialised, model_builder(chosen(config, "model", overrides)), settings)
+        made = read(data_object, chosen(config, "data", overrides))
     make_optimizer = make_optimizer.for_model(initialised.model)
-    data = dataset(chosen(config, "data", overrides), initialised.model)
+    data = dataset(made, chosen(config, "data", overrides), initialised.model)
     if len(data) < EXAMPLES:
         raise SettingsError(f"the data set has {len(data)} samples, capture alone needs {EXAMPLES}")
     split = hold_out(len(data), settings.seed, settings.held_out)

@@ -15,7 +15,7 @@ from gpp.runtime.data import Dataset
 from gpp.runtime.map_style import adapt
 from gpp.runtime.padding import pads
 
-from .settings import SettingsError
+from .problems import SettingsError
 
 Arguments = Mapping[str, Any]  # a group's node, resolved: `_target_` and its arguments
 
@@ -51,19 +51,33 @@ def model_builder(arguments: Arguments) -> Callable[[], nn.Module]:
     return build
 
 
-def dataset(arguments: Arguments, model: nn.Module) -> Dataset:
+def data_object(arguments: Arguments) -> Any:
+    """What the `data` group names, as its own class makes it. Raises SettingsError."""
+    return make_object(made_of(arguments), "data")
+
+
+def dataset(made: Any, arguments: Arguments, model: nn.Module) -> Dataset:
     """The data set; one of torch's map-style data sets is adapted to the arguments of the model's `forward`.
 
     `data.keys` chooses among its keys, or names the items of its tuples; `data.pad` brings sequences to one
     length, see `gpp.runtime.padding.pads`.
     """
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return adapt(made, names, data_keys(arguments), pads(arguments.get("pad") or {}))
+
+
+def data_keys(arguments: Arguments) -> tuple[str, ...]:
+    """data.keys."""
     keys = arguments.get("keys") or ()
     if isinstance(keys, str) or not isinstance(keys, Sequence):
         raise SettingsError(f"data.keys must be a list of names, data.keys=[a,b], it is {keys!r}")
-    made = make_object({k: v for k, v in arguments.items() if k not in ("keys", "pad")}, "data")
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return adapt(made, names, tuple(map(str, keys)), pads(arguments.get("pad") or {}))
+    return tuple(map(str, keys))
+
+
+def made_of(arguments: Arguments) -> Arguments:
+    """What the data set's own class is given of the `data` group."""
+    return {name: value for name, value in arguments.items() if name not in ("keys", "pad")}
 
 
 def locate(name: str, group: str) -> Any:
@@ -80,7 +94,7 @@ def locate(name: str, group: str) -> Any:
                 and f"{path}.".startswith(f"{error.name}.")
             ):
                 continue  # the module's own name: the rest is to be found inside a shorter one
-            raise SettingsError(f"{group}._target_={name} cannot be imported: {_reason(error)}") from error
+            raise SettingsError(f"{group}._target_={name} cannot be imported: {reason(error)}") from error
         for part in parts[count:]:
             if not hasattr(found, part):
                 place = f" ({found.__file__})" if getattr(found, "__file__", None) else ""
@@ -104,10 +118,10 @@ def make_object(arguments: Arguments, group: str) -> Any:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        raise SettingsError(f"{group}._target_={arguments['_target_']}: {_reason(cause)}") from error
+        raise SettingsError(f"{group}._target_={arguments['_target_']}: {reason(cause)}") from error
 
 
-def _reason(cause: BaseException) -> str:
+def reason(cause: BaseException) -> str:
     """What went wrong in a user's code, and where."""
     text = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
     what = text if isinstance(cause, ValueError) and text else f"{type(cause).__name__}: {text}"

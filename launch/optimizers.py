@@ -15,7 +15,7 @@ from gpp.capture.names import NO_DECAY, group_index
 from gpp.runtime.state import MakeOptimizer, MakeScheduler
 
 from .objects import Arguments, chosen, locate, make_object
-from .settings import SettingsError
+from .problems import SettingsError
 
 
 @dataclass(frozen=True)

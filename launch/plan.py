@@ -6,6 +6,7 @@ neither torch nor the model. The run's folder holds plan.json and graph.json; la
 launch.simulate plan=... shows it in time.
 """
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ from gpp.plan import plan_to_json
 from gpp.plan_table import plan_table
 
 from .guard import first_rank
-from .plans import Request, Subject, check_request, make_plan, read_subject
-from .settings import SettingsError, device_count
+from .plans import Subject, make_plan, read_subject, request_of
+from .problems import Collected, SettingsError
 from .start import launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
@@ -28,15 +29,17 @@ def plan(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     """The task of this command."""
     world, hosts = (None, None) if mpi is None else (mpi.size, mpi.hosts)
     overrides = own_overrides()
-    count = device_count(config, world)
-    first_rank(mpi, lambda: _plan(Request(config, overrides, count, hosts)))
+    first_rank(mpi, lambda: _plan(config, overrides, world, hosts))
 
 
-def _plan(request: Request) -> None:
-    check_request(request)
-    if request.plan_path is not None:
-        raise SettingsError("plan= is for launch.train and launch.simulate: this command makes a plan")
-    subject = subject_of(request)
+def _plan(
+    config: DictConfig, overrides: Sequence[str], world: int | None, hosts: Sequence[str] | None
+) -> None:
+    with Collected() as read:
+        request = read(request_of, config, overrides, world, hosts)
+        read(_check_no_plan, config)
+        subject = read(subject_named, config, overrides)
+    subject = announced(subject) if subject else captured_subject(config, overrides)
     start = perf_counter()
     made = make_plan(request, subject)
     seconds = perf_counter() - start
@@ -47,18 +50,37 @@ def _plan(request: Request) -> None:
     print(f"planned in {seconds:.2f} s: {folder / 'plan.json'}", flush=True)
 
 
-def subject_of(request: Request) -> Subject:
-    """What is planned for: the captured model, or what `profile=` names, of which a line says what it is."""
-    profile = OmegaConf.select(request.config, "profile")
-    if profile is None:
-        from .job import gather
+def _check_no_plan(config: DictConfig) -> None:
+    if OmegaConf.select(config, "plan") is not None:
+        raise SettingsError("plan= is for launch.train and launch.simulate: this command makes a plan")
 
-        return gather(request.config, request.overrides)[0].subject
-    optimizer = OmegaConf.to_container(request.config.optimizer, resolve=True)
-    assert isinstance(optimizer, dict)
-    subject = read_subject(str(profile), {str(key): value for key, value in optimizer.items()})
+
+def subject_named(config: DictConfig, overrides: Sequence[str]) -> Subject | None:
+    """What `profile=` names. Without one None: it is the model that is to be captured, and the settings of
+    all that this takes are checked."""
+    profile = OmegaConf.select(config, "profile")
+    if profile is None:
+        from .validation import check_material
+
+        check_material(config, overrides)
+        return None
+    optimizer = OmegaConf.to_container(config.optimizer, resolve=True)
+    if not isinstance(optimizer, dict):
+        raise SettingsError(f"optimizer must be a group of its arguments, it is {optimizer!r}")
+    return read_subject(str(profile), {str(key): value for key, value in optimizer.items()})
+
+
+def announced(subject: Subject) -> Subject:
+    """The subject of a file, of which a line says what it is."""
     print(subject.source)
     return subject
+
+
+def captured_subject(config: DictConfig, overrides: Sequence[str]) -> Subject:
+    """The model, captured."""
+    from .job import gather
+
+    return gather(config, overrides)[0].subject
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gpp.planner.options import Constraints
 
-from .settings import SettingsError, choice, whole
+from .problems import Collected, SettingsError
+from .settings import choice, whole
 
 SEARCHED = ("eager", "split_backward", "greedy", "recompute", "shard_optimizer", "colocate")
 SCHEDULES = frozenset(SEARCHED[:3])  # those that choose another schedule
@@ -40,19 +41,27 @@ class PlannerSettings:
 
 def planner_settings(config: DictConfig) -> PlannerSettings:
     """The `planner` group, checked; a key that the chosen planner does not know is refused."""
+    with Collected() as read:
+        name = read(choice, config, "planner.name", NAMES)
+        read(_check_keys, config)
+        found = PlannerSettings(
+            name=name,
+            max_replicas=read(max_replicas, config),
+            constraints=read(constraints, config),
+            stage_micro_batches=read(_flag, config, "planner.stage_micro_batches"),
+            bursts=read(_bursts, config),
+            collapse=read(_flag, config, "planner.collapse"),
+            switches=frozenset(key for key in SEARCHED if read(_flag, config, f"planner.{key}")),
+        )
+    return found
+
+
+def _check_keys(config: DictConfig) -> None:
     name = choice(config, "planner.name", NAMES)
     unknown = [str(key) for key in config.planner if key not in KEYS[name]]
     if unknown:
-        raise SettingsError(f"planner {name} has no key planner.{unknown[0]}; it has {', '.join(KEYS[name])}")
-    return PlannerSettings(
-        name=name,
-        max_replicas=max_replicas(config),
-        constraints=constraints(config),
-        stage_micro_batches=_flag(config, "planner.stage_micro_batches"),
-        bursts=_bursts(config),
-        collapse=_flag(config, "planner.collapse"),
-        switches=frozenset(key for key in SEARCHED if _flag(config, f"planner.{key}")),
-    )
+        known = ", ".join(KEYS[name])
+        raise SettingsError(*(f"planner {name} has no key planner.{key}; it has {known}" for key in unknown))
 
 
 def max_replicas(config: DictConfig) -> int | None:
@@ -69,21 +78,45 @@ def constraints(config: DictConfig) -> Constraints:
         return Constraints()
     if not isinstance(node, DictConfig):
         raise SettingsError(f"{key} must be a group of {', '.join(_CONSTRAINTS)}, it is {node!r}")
+    with Collected() as read:
+        read(_check_names, node, key)
+        found = Constraints(
+            together=read(_together, node),
+            pins=read(_pins, node),
+            uncut=read(_uncut, node),
+            replicas=read(_replicas, node),
+        )
+    return found
+
+
+def _check_names(node: DictConfig, key: str) -> None:
     unknown = [str(name) for name in node if name not in _CONSTRAINTS]
     if unknown:
-        raise SettingsError(f"there is no key {key}.{unknown[0]}; {key} has {', '.join(_CONSTRAINTS)}")
-    replicas = _table(node, "replicas", "{pattern: number}")
-    for pattern, count in replicas:
+        known = ", ".join(_CONSTRAINTS)
+        raise SettingsError(*(f"there is no key {key}.{name}; {key} has {known}" for name in unknown))
+
+
+def _together(node: DictConfig) -> tuple[tuple[str, ...], ...]:
+    return tuple(_words(group, "planner.constraints.together", 1) for group in _list(node, "together"))
+
+
+def _pins(node: DictConfig) -> tuple[tuple[str, str], ...]:
+    return tuple((pattern, str(label)) for pattern, label in _table(node, "pins", "{pattern: label}"))
+
+
+def _uncut(node: DictConfig) -> tuple[tuple[str, str], ...]:
+    return tuple(_pair(pair) for pair in _list(node, "uncut"))
+
+
+def _replicas(node: DictConfig) -> tuple[tuple[str, int], ...]:
+    found = _table(node, "replicas", "{pattern: number}")
+    for pattern, count in found:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise SettingsError(
-                f"{key}.replicas of {pattern} must be a whole number of at least 1, it is {count!r}"
+                f"planner.constraints.replicas of {pattern} must be a whole number of at least 1, it is "
+                f"{count!r}"
             )
-    return Constraints(
-        together=tuple(_words(group, f"{key}.together", 1) for group in _list(node, "together")),
-        pins=tuple((pattern, str(label)) for pattern, label in _table(node, "pins", "{pattern: label}")),
-        uncut=tuple(_pair(pair) for pair in _list(node, "uncut")),
-        replicas=tuple(replicas),
-    )
+    return tuple(found)
 
 
 def _list(node: DictConfig, name: str) -> list[Any]:

@@ -18,9 +18,10 @@ from gpp.plan_table import readable_bytes
 from gpp.planner.named import planned
 from gpp.planner.options import Options
 
+from .cluster import device_count, topology
 from .planner_settings import SCHEDULES, planner_settings
+from .problems import Collected, SettingsError
 from .settings import (
-    SettingsError,
     TrainSettings,
     burst,
     check_choices,
@@ -28,7 +29,6 @@ from .settings import (
     costs,
     policy,
     precision_name,
-    topology,
     train_settings,
 )
 
@@ -95,14 +95,31 @@ class Request:
         )
 
 
-def check_request(request: Request) -> None:
-    """Everything that can be wrong before there is a model: capture may take long."""
-    check_keys(request.config)
-    check_choices(request.config)
-    settings = train_settings(request.config)
-    request.options(settings)
-    topology(request.config, request.count, request.hosts)
-    costs(request.config)
+def request_of(
+    config: DictConfig,
+    overrides: Sequence[str],
+    world: int | None = None,
+    hosts: Sequence[str] | None = None,
+    *,
+    reads: bool = True,
+) -> Request:
+    """What is asked for, checked as far as it can be before there is a model; `world` is the number of MPI
+    ranks, `reads`: files too, which other hosts need not see. Raises SettingsError with all problems."""
+    with Collected() as read:
+        read(check_keys, config)
+        read(check_choices, config)
+        read(train_settings, config)
+        read(planner_settings, config)
+        read(policy, config)
+        read(burst, config)
+        request = Request(config, overrides, read(device_count, config, world) or 1, hosts)
+        read(lambda: request.options(train_settings(config)))
+        read(topology, config, request.count, hosts)
+        if reads:
+            read(costs, config)
+        if reads and request.plan_path is not None:
+            read(replay, request, request.plan_path)
+    return request
 
 
 def make_plan(request: Request, subject: Subject) -> Plan:
@@ -128,38 +145,58 @@ def make_plan(request: Request, subject: Subject) -> Plan:
 
 def replay(request: Request, path: str) -> Plan:
     """The plan of a file, checked against the configuration, the model's graph left aside."""
-    plan, settings = read_plan(path), train_settings(request.config)
+    plan = read_plan(path)
+    with Collected() as read:
+        for check in (_check_devices, _check_samples, _check_precision, _check_micro_batch, _check_schedule):
+            read(check, request, plan, path)
+    return plan
+
+
+def _check_devices(request: Request, plan: Plan, path: str) -> None:
     have = len(plan.topology.devices)
     if have != request.count:
         raise PlanError(
             f"{path} is a plan for {have} devices, this run has {request.count}: start {have} ranks (without "
             f"MPI, set cluster.devices={have}), or plan anew"
         )
+
+
+def _check_samples(request: Request, plan: Plan, path: str) -> None:
+    settings = train_settings(request.config)
     if plan.mini_batch != settings.samples:
         times = f", {settings.accumulate} of them a step" if settings.accumulate > 1 else ""
         raise PlanError(
             f"{path} is a plan for mini-batches of {plan.mini_batch}, train.mini_batch is "
             f"{settings.mini_batch}{times}"
         )
+
+
+def _check_precision(request: Request, plan: Plan, path: str) -> None:
     precision = precision_name(request.config)
     if plan.precision != precision:
         raise PlanError(
             f"{path} is a plan for {plan.precision}, precision={request.config.precision.name} asks for "
             f"{precision}: plan anew"
         )
+
+
+def _check_micro_batch(request: Request, plan: Plan, path: str) -> None:
+    wanted = train_settings(request.config).micro_batch
     sizes = sorted({stage.micro_batch for stage in plan.stage_graph.stages})
-    if settings.micro_batch != "auto" and sizes != [settings.micro_batch]:
+    if wanted != "auto" and sizes != [wanted]:
         raise PlanError(
             f"{path} is a plan with micro-batches of {', '.join(map(str, sizes))}, train.micro_batch is "
-            f"{settings.micro_batch}: leave it at auto, or plan anew"
+            f"{wanted}: leave it at auto, or plan anew"
         )
+
+
+def _check_schedule(request: Request, plan: Plan, path: str) -> None:
     wanted = policy(request.config)
     if "schedule" in request.named and wanted != plan.policy:
         raise PlanError(
             f"{path} is a plan for schedule {_policy_text(plan.policy)}, the command line asks for "
             f"{_policy_text(wanted)}: leave schedule away, or plan anew"
         )
-    return plan
 
 
 def read_plan(path: str) -> Plan:

@@ -6,7 +6,7 @@ measured, for devices like this one. The run's folder holds costs.json and graph
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from gpp.cost import Timing, costs_to_json
 from gpp.graph import graph_to_json
 
+from .cluster import device_count
 from .guard import first_rank
-from .settings import SettingsError, TrainSettings, check_choices, check_keys, device_count, number, whole
+from .problems import Collected, SettingsError
+from .settings import TrainSettings, check_choices, check_keys, number, train_settings, whole
 from .start import launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
@@ -30,14 +32,11 @@ _KEYS = ("sizes", "seconds", "stages", "cache")
 
 def profile(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     """The task of this command."""
-    ranks = device_count(config, None if mpi is None else mpi.size)
-    first_rank(mpi, lambda: _profile(config, ranks))
+    world = None if mpi is None else mpi.size
+    first_rank(mpi, lambda: _profile(config, own_overrides(), world))
 
 
-def _profile(config: DictConfig, ranks: int) -> None:
-    check_keys(config)
-    check_choices(config)
-    _check_measure(config)
+def _profile(config: DictConfig, overrides: Sequence[str], world: int | None) -> None:
     import torch
 
     from gpp.api.crew import threads_of_a_rank
@@ -46,9 +45,17 @@ def _profile(config: DictConfig, ranks: int) -> None:
 
     from .job import gather
     from .kernels import described, hooks
+    from .validation import check_material
 
+    with Collected() as read:
+        read(check_keys, config)
+        read(check_choices, config)
+        read(train_settings, config)
+        read(_check_measure, config)
+        ranks = read(device_count, config, world)
+        read(check_material, config, overrides)
     torch.set_num_threads(threads_of_a_rank(ranks))  # as a rank has them when training
-    material, _ = gather(config, own_overrides())
+    material, _ = gather(config, overrides)
     data, sizes = material.train_data, sizes_of(config, material.settings)
     made = measured(
         material.captured,
@@ -120,12 +127,20 @@ def _seconds(timing: Timing) -> float:
 
 
 def _check_measure(config: DictConfig) -> None:
-    for key in map(str, config.measure):
-        if key not in _KEYS:
-            raise SettingsError(f"there is no key measure.{key}; measure has {', '.join(_KEYS)}")
-    number(config, "measure.seconds", above=0.0)
-    whole(config, "measure.stages", 1)
-    _cache(config)
+    with Collected() as read:
+        read(_check_names, config)
+        read(lambda: sizes_of(config, train_settings(config)))
+        read(number, config, "measure.seconds", above=0.0)
+        read(whole, config, "measure.stages", 1)
+        read(_cache, config)
+
+
+def _check_names(config: DictConfig) -> None:
+    wrong = [str(key) for key in config.measure if key not in _KEYS]
+    if wrong:
+        raise SettingsError(
+            *(f"there is no key measure.{key}; measure has {', '.join(_KEYS)}" for key in wrong)
+        )
 
 
 def _cache(config: DictConfig) -> Path | None:

@@ -9,25 +9,28 @@ from gpp.checkpoint.folder import Kept, check_place, newest
 from gpp.checkpoint.tensors import CheckpointError
 from gpp.plan import Plan, plan_to_json
 
-from .settings import TrainSettings, own_path, own_yaml
+from .settings import CheckpointSettings, own_path, own_yaml
+from .writable import check_writable
 
 AUTO = "auto"
 
 
-def folder_of(settings: TrainSettings, run: Path) -> Path:
+def folder_of(settings: CheckpointSettings, run: Path) -> Path:
     """Where checkpoints are kept."""
     named = settings.checkpoint_folder
     return run / "checkpoints" if named is None else own_path(named)
 
 
-def checkpoints(config: DictConfig, settings: TrainSettings, plan: Plan, run: Path) -> Checkpoints | None:
+def checkpoints(
+    config: DictConfig, settings: CheckpointSettings, plan: Plan, run: Path
+) -> Checkpoints | None:
     """When and where they are written, if they are. Configuration and plan are kept with each."""
     if settings.checkpoint_every is None:
         return None
     return kept_of(config, settings, plan, run)
 
 
-def kept_of(config: DictConfig, settings: TrainSettings, plan: Plan, run: Path) -> Checkpoints:
+def kept_of(config: DictConfig, settings: CheckpointSettings, plan: Plan, run: Path) -> Checkpoints:
     """Where they are, and how many stay; also of a run that writes none unless it is asked to stop."""
     return Checkpoints(
         folder=folder_of(settings, run),
@@ -37,7 +40,7 @@ def kept_of(config: DictConfig, settings: TrainSettings, plan: Plan, run: Path) 
     )
 
 
-def begins_from(settings: TrainSettings, run: Path) -> Path | None:
+def begins_from(settings: CheckpointSettings, run: Path) -> Path | None:
     """The checkpoint that train.resume means, or a folder that has one; None: training begins.
 
     Raises CheckpointError if there is none where one is named, or where there are damaged ones alone; and,
@@ -50,7 +53,13 @@ def begins_from(settings: TrainSettings, run: Path) -> Path | None:
     return None if kept is None else path
 
 
-def _asked_for(settings: TrainSettings, run: Path) -> tuple[Path, Kept | None]:
+def check_folder(settings: CheckpointSettings, run: Path) -> None:
+    """Raise SettingsError if checkpoints are to be written, and none can be made in their folder."""
+    if settings.checkpoint_every is not None:
+        check_writable(folder_of(settings, run), "train.checkpoint_folder")
+
+
+def _asked_for(settings: CheckpointSettings, run: Path) -> tuple[Path, Kept | None]:
     folder = folder_of(settings, run)
     if settings.resume is None:
         return folder, None

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from gpp.cost import CostError, CostModel, Roofline, costs_from_json
 from gpp.graph import ComputationGraph
 from gpp.plan import POLICIES, Policy
-from gpp.topology import Device, DeviceTopology, Link
+from gpp.planner.options import Options
 
-ALONE = 4  # devices of cluster.devices=auto without MPI
+from .problems import Collected, SettingsError
 
-
-class SettingsError(ValueError):
-    """A value of the configuration that cannot be."""
+MOST = (1 << 63) - 1  # of whole numbers, torch's own bound
+LARGEST = 1e30  # of other numbers: products of a few are finite
+SAMPLES = (1 << 31) - 1  # of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,17 @@ class WeightFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class CheckpointSettings:
+    """What the `train` group says of checkpoints."""
+
+    checkpoint_every: int | None
+    checkpoint_keep: int
+    checkpoint_folder: str | None
+    resume: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(CheckpointSettings):
     """The `train` group."""
 
     steps: int
@@ -55,10 +65,6 @@ class TrainSettings:
     elastic: bool
     silence: float
     preempted_exit: int | None
-    checkpoint_every: int | None
-    checkpoint_keep: int
-    checkpoint_folder: str | None
-    resume: str | None
 
     @property
     def samples(self) -> int:
@@ -75,7 +81,7 @@ class TrainSettings:
 # planner knows is `planner_settings`' to say.
 _LINK = ("latency", "bandwidth")
 _KEYS = {
-    "train": tuple(field.name for field in fields(TrainSettings)),
+    "train": (*TrainSettings.__annotations__, *CheckpointSettings.__annotations__),
     "cluster": (
         *("name", "devices", "per_host", "memory", "flops", "flops_bf16", "bandwidth", "overhead"),
         *("inside", "between"),
@@ -91,48 +97,67 @@ _KEYS = {
 }
 KERNELS = ("eager", "inductor", "triton", "auto")
 ATTENTION = ("torch", "triton")
+TRANSPORTS = ("auto", "device", "host")
+REDUCERS = ("auto", "mpi", "nccl")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # as the configuration and as plans call them
 
 
 def check_keys(config: DictConfig) -> None:
-    """Refuse a key that nothing reads: Hydra lets `+train.stepz=3` pass."""
-    for group, known in _KEYS.items():
-        node = OmegaConf.select(config, group)
-        if not isinstance(node, DictConfig):
-            raise SettingsError(f"{group} must be a group of {', '.join(known)}, it is {node!r}")
-        for key in map(str, node):
-            if key not in known:
-                raise SettingsError(f"there is no key {group}.{key}; {group} has {', '.join(known)}")
+    """Refuse keys that nothing reads: Hydra lets `+train.stepz=3` pass."""
+    with Collected() as read:
+        for group in _KEYS:
+            read(check_group, config, group)
+
+
+def check_group(config: DictConfig, group: str) -> None:
+    """One group of those whose keys are known."""
+    node, known = OmegaConf.select(config, group), _KEYS[group]
+    if not isinstance(node, DictConfig):
+        raise SettingsError(f"{group} must be a group of {', '.join(known)}, it is {node!r}")
+    wrong = [str(key) for key in node if key not in known]
+    if wrong:
+        raise SettingsError(
+            *(f"there is no key {group}.{key}; {group} has {', '.join(known)}" for key in wrong)
+        )
 
 
 def check_choices(config: DictConfig) -> None:
     """The groups of which only the name counts."""
+    with Collected() as read:
+        read(_check_kernels, config)
+        read(choice, config, "transport.name", TRANSPORTS)
+        read(choice, config, "transport.reduce", REDUCERS)
+        read(choice, config, "device", ("auto", "cpu", "cuda", "emulated"))
+        read(choice, config, "precision.autocast", ("auto", "cpu", "cuda"))
+        read(precision_name, config)
+
+
+def _check_kernels(config: DictConfig) -> None:
     if choice(config, "kernels.name", KERNELS) in ("triton", "auto"):
         choice(config, "kernels.attention", ATTENTION)
     elif OmegaConf.select(config, "kernels.attention") is not None:
         raise SettingsError(
             f"kernels.attention is read with kernels=triton and auto, it is kernels={config.kernels.name}"
         )
-    choice(config, "transport.name", ("auto", "device", "host"))
-    choice(config, "transport.reduce", ("auto", "mpi", "nccl"))
-    choice(config, "device", ("auto", "cpu", "cuda", "emulated"))
-    choice(config, "precision.autocast", ("auto", "cpu", "cuda"))
-    precision_name(config)
 
 
-def whole(config: DictConfig, key: str, least: int) -> int:
-    """An integer of at least `least`."""
+def whole(config: DictConfig, key: str, least: int, most: int = MOST) -> int:
+    """An integer of at least `least`, and at most `most`."""
     value = OmegaConf.select(config, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SettingsError(f"{key} must be a whole number of at least {least}, it is {value!r}")
+        raise SettingsError(f"{key} must be a whole number of at least {least}, it is {_shown(value)}")
+    if value > most:
+        raise SettingsError(f"{key} must be at most {most}, it is {_shown(value)}")
     return value
 
 
 def number(config: DictConfig, key: str, *, above: float | None = None, least: float | None = None) -> float:
     """A finite number, larger than `above` or at least `least` if one is given."""
     value = OmegaConf.select(config, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SettingsError(f"{key} must be a number, it is {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise SettingsError(f"{key} must be a number, it is {_shown(value)}")
+    if abs(value) > LARGEST:
+        raise SettingsError(f"{key} must be at most {LARGEST:g}, it is {_shown(value)}")
     if above is not None and value <= above:
         raise SettingsError(f"{key} must be larger than {above:g}, it is {value!r}")
     if least is not None and value < least:
@@ -152,40 +177,74 @@ def train_settings(config: DictConfig) -> TrainSettings:
     """The `train` group, checked."""
     micro = OmegaConf.select(config, "train.micro_batch")
     clip = OmegaConf.select(config, "train.clip_norm")
-    share = number(config, "train.held_out")
-    if not 0 <= share < 1:
-        raise SettingsError(f"train.held_out must be at least 0 and below 1, it is {share:g}")
-    found = TrainSettings(
-        steps=whole(config, "train.steps", 0),
-        mini_batch=whole(config, "train.mini_batch", 1),
-        accumulate=whole(config, "train.accumulate", 1),
-        micro_batch="auto" if micro == "auto" else whole(config, "train.micro_batch", 1),
-        seed=_seed(config),
-        init=choice(config, "train.init", ("plain", "recorded")),
-        init_from=_weight_files(config),
-        init_strict=_switch(config, "train.init_strict"),
-        freeze=_patterns(config, "train.freeze"),
-        verify=_switch(config, "train.verify"),
-        clip_norm=None if clip is None else number(config, "train.clip_norm", above=0.0),
-        log_norm=_switch(config, "train.log_norm"),
-        ema=_decay(config),
-        held_out=share,
-        log_every=whole(config, "train.log_every", 1),
-        prefetch=whole(config, "train.prefetch", 1),
-        elastic=_switch(config, "train.elastic"),
-        silence=number(config, "train.silence", above=0.0),
-        preempted_exit=_exit_code(config),
-        checkpoint_every=_optional_whole(config, "train.checkpoint_every", 1),
-        checkpoint_keep=whole(config, "train.checkpoint_keep", 1),
-        checkpoint_folder=_optional_path(config, "train.checkpoint_folder", "a folder"),
-        resume=_optional_path(config, "train.resume", "auto or a checkpoint's path"),
-    )
-    if found.accumulate > 1 and found.micro_batch != "auto" and found.samples % found.micro_batch:
-        raise SettingsError(
-            f"train.micro_batch {found.micro_batch} does not divide the {found.samples} samples of a step, "
-            f"train.mini_batch {found.mini_batch} times train.accumulate {found.accumulate}"
+    with Collected() as read:
+        read(_check_step, config)
+        found = TrainSettings(
+            steps=read(whole, config, "train.steps", 0),
+            mini_batch=read(whole, config, "train.mini_batch", 1),
+            accumulate=read(whole, config, "train.accumulate", 1),
+            micro_batch="auto" if micro == "auto" else read(whole, config, "train.micro_batch", 1),
+            seed=read(whole, config, "train.seed", 0),
+            init=read(choice, config, "train.init", ("plain", "recorded")),
+            init_from=read(weight_files, config),
+            init_strict=read(_switch, config, "train.init_strict"),
+            freeze=read(_patterns, config, "train.freeze"),
+            verify=read(_switch, config, "train.verify"),
+            clip_norm=None if clip is None else read(number, config, "train.clip_norm", above=0.0),
+            log_norm=read(_switch, config, "train.log_norm"),
+            ema=read(_decay, config),
+            held_out=read(_share, config, "train.held_out"),
+            log_every=read(whole, config, "train.log_every", 1),
+            prefetch=read(whole, config, "train.prefetch", 1),
+            elastic=read(_switch, config, "train.elastic"),
+            silence=read(number, config, "train.silence", above=0.0),
+            preempted_exit=read(_exit_code, config),
+            **(read(_checkpoint_values, config) or {}),
         )
     return found
+
+
+def checkpoint_settings(config: DictConfig) -> CheckpointSettings:
+    """What the `train` group says of checkpoints, checked."""
+    return CheckpointSettings(**_checkpoint_values(config))
+
+
+def _checkpoint_values(config: DictConfig) -> dict[str, Any]:
+    with Collected() as read:
+        found = {
+            "checkpoint_every": read(_optional_whole, config, "train.checkpoint_every", 1),
+            "checkpoint_keep": read(whole, config, "train.checkpoint_keep", 1),
+            "checkpoint_folder": read(_optional_path, config, "train.checkpoint_folder", "a folder"),
+            "resume": read(_optional_path, config, "train.resume", "auto or a checkpoint's path"),
+        }
+    return found
+
+
+def _check_step(config: DictConfig) -> None:
+    """How the samples of a step go together."""
+    mini, times = whole(config, "train.mini_batch", 1), whole(config, "train.accumulate", 1)
+    if mini * times > SAMPLES:
+        raise SettingsError(
+            f"a step has {mini * times} samples, train.mini_batch {mini} times train.accumulate {times}: it "
+            f"must have at most {SAMPLES}"
+        )
+    if OmegaConf.select(config, "train.micro_batch") == "auto":
+        return
+    micro = whole(config, "train.micro_batch", 1)
+    if times == 1:
+        Options(mini_batch=mini, micro_batch=micro)
+    elif mini * times % micro:
+        raise SettingsError(
+            f"train.micro_batch {micro} does not divide the {mini * times} samples of a step, "
+            f"train.mini_batch {mini} times train.accumulate {times}"
+        )
+
+
+def _share(config: DictConfig, key: str) -> float:
+    share = number(config, key)
+    if not 0 <= share < 1:
+        raise SettingsError(f"{key} must be at least 0 and below 1, it is {share:g}")
+    return share
 
 
 def _optional_whole(config: DictConfig, key: str, least: int) -> int | None:
@@ -236,7 +295,7 @@ def _patterns(config: DictConfig, key: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _weight_files(config: DictConfig) -> tuple[WeightFile, ...]:
+def weight_files(config: DictConfig) -> tuple[WeightFile, ...]:
     """train.init_from: a file, {prefix: file}, or a list of {file, prefix, strip}."""
     value = OmegaConf.select(config, "train.init_from")
     given: Any = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -256,6 +315,15 @@ def _weight_files(config: DictConfig) -> tuple[WeightFile, ...]:
     return tuple(entries)
 
 
+def _shown(value: object) -> str:
+    """A value in a message: what somebody mistyped may be long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def own_path(path: str) -> Path:
     """A file that the user names: from where the command was started."""
     return Path(to_absolute_path(path) if HydraConfig.initialized() else path)
@@ -266,82 +334,10 @@ def precision_name(config: DictConfig) -> str:
     return PRECISIONS[choice(config, "precision.name", tuple(PRECISIONS))]
 
 
-def _seed(config: DictConfig) -> int:
-    seed = whole(config, "train.seed", 0)
-    if seed >= 1 << 63:
-        raise SettingsError(f"train.seed must be below 2**63, it is {seed}")
-    return seed
-
-
-def device_count(config: DictConfig, world: int | None) -> int:
-    """cluster.devices: `auto` is the world's size under MPI, else ALONE. Raises if the world is too small."""
-    value = OmegaConf.select(config, "cluster.devices")
-    if value == "auto":
-        return ALONE if world is None else world
-    count = whole(config, "cluster.devices", 1)
-    if world is not None and count > world:
-        raise SettingsError(
-            f"cluster.devices is {count}, but there are {world} MPI ranks, one a device: start {count} ranks "
-            "or leave cluster.devices=auto"
-        )
-    return count
-
-
-def topology(config: DictConfig, count: int, hosts: Sequence[str] | None) -> DeviceTopology:
-    """The `cluster` group for `count` devices; `hosts` names each rank's host under MPI."""
-    name = str(config.cluster.name)
-    device = Device(
-        name=name,
-        memory=number(config, "cluster.memory", above=0),
-        flops=_rate(config),
-        bandwidth=number(config, "cluster.bandwidth", above=0),
-        overhead=number(config, "cluster.overhead", least=0),
-    )
-    return DeviceTopology(
-        name=name,
-        devices=(device,) * count,
-        per_host=_per_host(config, count, hosts),
-        inside=_link(config, "cluster.inside"),
-        between=_link(config, "cluster.between"),
-    )
-
-
-def _rate(config: DictConfig) -> float:
-    """FLOPs per second of matrix products in the precision that is asked for; what else is computed is bound
-    by memory."""
-    low = precision_name(config) == "bfloat16" and OmegaConf.select(config, "cluster.flops_bf16") is not None
-    return number(config, "cluster.flops_bf16" if low else "cluster.flops", above=0)
-
-
-def _link(config: DictConfig, key: str) -> Link:
-    return Link(
-        latency=number(config, f"{key}.latency", least=0),
-        bandwidth=number(config, f"{key}.bandwidth", above=0),
-    )
-
-
-def _per_host(config: DictConfig, count: int, hosts: Sequence[str] | None) -> int:
-    """Devices of one host, checked against where the ranks are."""
-    wanted = OmegaConf.select(config, "cluster.per_host")
-    found = None
-    if hosts is not None:
-        counts = {host: list(hosts).count(host) for host in hosts}
-        found = max(counts.values())
-    if wanted == "auto":
-        return min(count, found or count)
-    given = whole(config, "cluster.per_host", 1)
-    if found is not None and len(set(hosts or ())) > 1 and found != given:
-        raise SettingsError(
-            f"cluster.per_host is {given}, but the fullest host has {found} ranks: start {given} ranks a "
-            "host or set cluster.per_host=auto"
-        )
-    return given
-
-
 def costs(config: DictConfig, graph: ComputationGraph | None = None) -> CostModel:
     """The `cost` group: the roofline, or the measured table that cost.path names.
 
-    The file is read for a `graph`, which it must have been measured for; else only the keys are checked.
+    The table must have been measured for the `graph`, where one is given.
     Raises SettingsError if there is no such file, CostError for what it holds.
     """
     traffic = number(config, "cost.update_traffic", least=0)
@@ -354,14 +350,13 @@ def costs(config: DictConfig, graph: ComputationGraph | None = None) -> CostMode
         raise SettingsError(
             "cost=profiled needs cost.path=costs.json, a file that launch.profile has written"
         )
-    if graph is None:
-        return Roofline(update_traffic=traffic)
     file = own_path(path)
     if not file.is_file():
         raise SettingsError(f"there is no costs file {path}")
     try:
         table = costs_from_json(file.read_text())
-        table.check(graph)
+        if graph is not None:
+            table.check(graph)
     except (CostError, UnicodeDecodeError) as error:
         raise CostError(f"{path}: {error}") from None
     return replace(table, update_traffic=traffic)

@@ -17,7 +17,8 @@ from gpp.trace import to_chrome
 
 from .guard import first_rank
 from .plans import read_plan
-from .settings import SettingsError, whole
+from .problems import Collected, SettingsError
+from .settings import whole
 from .start import launch, run_folder
 
 if TYPE_CHECKING:
@@ -43,17 +44,23 @@ def simulate(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
 
 
 def _simulate(config: DictConfig) -> None:
-    path = OmegaConf.select(config, "plan", throw_on_missing=False)
-    if path is None:
-        raise SettingsError("say which plan: plan=path/to/plan.json")
-    plan = read_plan(str(path))
+    with Collected() as read:
+        steps = read(whole, config, "steps", 1)
+        plan = read(_plan, config)
     check(plan, lower(plan))
-    prediction = predicted(plan, steps=whole(config, "steps", 1))
+    prediction = predicted(plan, steps=steps)
     print(plan_table(plan))
     print(prediction_text(plan, prediction))
     target = run_folder() / "trace.json"
     target.write_text(to_chrome(prediction.trace))
     print(f"trace: {target}")
+
+
+def _plan(config: DictConfig) -> Plan:
+    path = OmegaConf.select(config, "plan", throw_on_missing=False)
+    if path is None:
+        raise SettingsError("say which plan: plan=path/to/plan.json")
+    return read_plan(str(path))
 
 
 if __name__ == "__main__":

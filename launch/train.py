@@ -61,23 +61,26 @@ def _train(
     """From a configuration to results; called by all ranks together."""
     from gpp.runtime.watching import Rules
 
-    from .elastic import check_elastic
     from .guard import together
-    from .job import GuardedCrew, pipeline_of, prepare
+    from .job import GuardedCrew, asked, pipeline_of, prepare
     from .kernels import kernels_name, write_reports
-    from .resume import begins_from
     from .settings import train_settings
     from .transport import process_groups, staging_of
+    from .validation import check_training
 
-    settings = together(comm, lambda: train_settings(config))
-    together(comm, lambda: check_elastic(settings, mpi))
-    rules = Rules(settings.silence, strict=True, elastic=settings.elastic)
-    comm.watch_by(rules, folder)
-    alone = mpi is None
+    alone, overrides = mpi is None, own_overrides()
+    request, found = asked(
+        config,
+        overrides,
+        comm,
+        lambda: check_training(config, overrides, comm, mpi, folder),
+        alone=alone,
+    )
+    settings, source = train_settings(config), comm.broadcast_object(lambda: found)
+    comm.watch_by(Rules(settings.silence, strict=True, elastic=settings.elastic), folder)
     staging = together(comm, lambda: staging_of(config, comm, alone=alone))
-    source = together(comm, lambda: comm.broadcast_object(lambda: begins_from(settings, folder)))
     comm.doing.now("captures the model and plans")
-    job, ranks, initialised = prepare(config, own_overrides(), comm, alone=alone)
+    job, ranks, initialised = prepare(request, comm, alone=alone)
     if comm.rank == 0:
         _announce(config, job, ranks, folder)
     groups = together(comm, lambda: process_groups(config, comm, job.arranged.lowered.train))

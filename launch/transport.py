@@ -15,14 +15,15 @@ from gpp.schedule.task import Reduce, Reduction, Schedule
 
 from .device_memory import Verdict, machine_type, verdict
 from .job import pick_device
-from .settings import SettingsError, choice
+from .problems import SettingsError
+from .settings import REDUCERS, TRANSPORTS, choice
 
 if TYPE_CHECKING:
     from gpp.runtime.mpi import MpiCommunicator
 
-TRANSPORTS = ("auto", "device", "host")
-REDUCERS = ("auto", "mpi", "nccl")
 SLOW = "expandable_segments:True"  # in PYTORCH_CUDA_ALLOC_CONF: such memory cannot be shared by processes
+_NCCL = "transport.reduce=nccl sums on GPUs, one for each MPI rank"
+_NO_NCCL = "use transport.reduce=mpi"
 
 
 def staging_of(config: DictConfig, comm: Communicator, *, alone: bool) -> Staging:
@@ -35,20 +36,11 @@ def staging_of(config: DictConfig, comm: Communicator, *, alone: bool) -> Stagin
     reducer = choice(config, "transport.reduce", REDUCERS)
     device = pick_device(config)
     same(comm, "transport", f"{wanted}, reduce {reducer}, on {device.type}")
+    check_transport(config, alone=alone)
     if reducer == "nccl":
-        _check_nccl(comm, device, alone)
+        _check_places(comm, device)
     if device.type == "cpu":
-        if wanted == "device":
-            raise SettingsError(
-                "transport=device hands device memory to MPI, but stages run on the CPU here: use "
-                "transport=auto or transport=host"
-            )
         return OnHost()
-    if alone and wanted == "device":
-        raise SettingsError(
-            "transport=device hands device memory to MPI, but there is no MPI in one process: start it with "
-            "mpirun, or use transport=host"
-        )
     if alone or wanted == "host":
         return host_staging(device)
     mpi = cast("MpiCommunicator", comm)
@@ -79,16 +71,30 @@ def process_groups(config: DictConfig, comm: Communicator, schedule: Schedule) -
     return ProcessGroups(comm, groups, "nccl")
 
 
-def _check_nccl(comm: Communicator, device: torch.device, alone: bool) -> None:
-    rule = "transport.reduce=nccl sums on GPUs, one for each MPI rank"
-    remedy = "use transport.reduce=mpi"
-    if device.type == "cpu":
-        raise SettingsError(f"{rule}, but stages run on the CPU here: {remedy}")
+def check_transport(config: DictConfig, *, alone: bool) -> None:
+    """What this rank can say by itself of `transport=`. Raises SettingsError."""
+    on_cpu = pick_device(config).type == "cpu"
+    if choice(config, "transport.reduce", REDUCERS) == "nccl" and (on_cpu or alone):
+        why = "stages run on the CPU here" if on_cpu else "there is no MPI in one process"
+        raise SettingsError(f"{_NCCL}, but {why}: {_NO_NCCL}")
+    if choice(config, "transport.name", TRANSPORTS) != "device":
+        return
+    if on_cpu:
+        raise SettingsError(
+            "transport=device hands device memory to MPI, but stages run on the CPU here: use transport=auto "
+            "or transport=host"
+        )
     if alone:
-        raise SettingsError(f"{rule}, but there is no MPI in one process: {remedy}")
+        raise SettingsError(
+            "transport=device hands device memory to MPI, but there is no MPI in one process: start it with "
+            "mpirun, or use transport=host"
+        )
+
+
+def _check_places(comm: Communicator, device: torch.device) -> None:
     places = comm.all_gather_object((comm.hosts[comm.rank], device.index))
     if len(set(places)) < len(places):
-        raise SettingsError(f"{rule}, but {len(places)} ranks share {len(set(places))}: {remedy}")
+        raise SettingsError(f"{_NCCL}, but {len(places)} ranks share {len(set(places))}: {_NO_NCCL}")
 
 
 def _say(comm: Communicator, text: str) -> None:

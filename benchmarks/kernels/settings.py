@@ -6,7 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from launch.settings import SettingsError, number, own_path
+from launch.problems import SettingsError
+from launch.settings import number, own_path
 
 from .kernels import KERNELS
 from .rivals import RIVALS

@@ -88,7 +88,7 @@ def _by_gpp(
     """Steps of a plan in which the left tower is rank 0's and the rest rank 1's."""
     from hydra import compose, initialize_config_dir
 
-    from launch.job import GuardedCrew, pipeline_of, prepare
+    from launch.job import GuardedCrew, asked, pipeline_of, prepare
     from launch.start import CONF
 
     overrides = [
@@ -106,7 +106,8 @@ def _by_gpp(
     ]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config", overrides=overrides)
-    job, _, initialised = prepare(config, overrides, comm, alone=False)
+    request, _ = asked(config, overrides, comm, lambda: None, alone=False)
+    job, _, initialised = prepare(request, comm, alone=False)
     pipeline = pipeline_of(config, job, initialised, GuardedCrew(comm))
     data = job.material.train_data
 

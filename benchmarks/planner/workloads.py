@@ -14,7 +14,7 @@ from gpp.graph import ComputationGraph
 from gpp.planner.estimate import Problem
 from gpp.planner.options import Options
 from gpp.topology import DeviceTopology
-from launch.settings import topology
+from launch.cluster import topology
 from launch.start import CONF
 
 CHECKOUT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -62,6 +62,17 @@ def made_from(source: Path, what: str, folder: str | None, make: Callable[[Binar
             f"({error.strerror or error}): name a folder with room for it, data.cache=folder"
         ) from error
     return target
+
+
+def missing(sources: Iterable[Path]) -> list[str]:
+    """What is wrong with each of the files that cannot be read."""
+    found = []
+    for source in sources:
+        try:
+            status(source)
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
 def status(source: Path) -> os.stat_result:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .cache import missing
 from .data import DataError, Indices, checked
 from .number_fields import Fields, split, whole_numbers
 from .text_lines import TextLines
@@ -58,6 +59,28 @@ class Criteo:
         self.keys = (*list(self._columns)[1:], "label")
         self._files = [TextLines(path, cache) for path in _paths(files)]
         self._starts = np.cumsum([0, *map(len, self._files)])
+
+    @staticmethod
+    def problems(
+        files: Sequence[str] | str | None = None,
+        *,
+        dense: int,
+        features: int,
+        tables: int,
+        rows: int,
+        bag: int,
+        cache: str | None = None,
+    ) -> list[str]:
+        """What is wrong with such arguments, as far as it can be said without reading."""
+        found = []
+        try:
+            _check_sizes(dense, features, tables, rows, bag)
+        except DataError as error:
+            found.append(str(error))
+        try:
+            return found + missing(_paths(files))
+        except DataError as error:
+            return [*found, str(error)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from gpp.models.candle_uno import branch_features
 
+from .cache import missing
 from .data import DataError, Indices, checked
 from .delimited import MISSING, Kept, kept, numbers, positions, rows
 from .feature_table import FeatureTable
@@ -69,9 +71,8 @@ class DrugResponseFiles:
         skip: Sequence[str] = (),
         cache: str | None = None,
     ) -> None:
-        widths = branch_features(features, branches)
-        self._source = dict(zip(widths, cycle(features), strict=False))
-        self.keys = (*widths, "growth")
+        self._source = _sources(features, branches)
+        self.keys = (*self._source, "growth")
         self._scale = np.float32(growth_scale)
         files = {
             "cell_rnaseq": cell_rnaseq,
@@ -87,6 +88,23 @@ class DrugResponseFiles:
             for who, table in (_FEATURES[s] for s in self._source.values() if s in _FEATURES)
         }
         self._kept = self._joined(path)
+
+    @staticmethod
+    def problems(
+        *, features: Mapping[str, int], branches: int, columns: Mapping[str, str | None], **given: Any
+    ) -> list[str]:
+        """What is wrong with the arguments of the class, as far as it can be said without reading."""
+        found, names = [], ["responses"]
+        try:
+            names += _wanted(_sources(features, branches))
+        except ValueError as error:
+            found.append(str(error))
+        try:
+            _check_columns(columns, str(given.get("responses")))
+        except DataError as error:
+            found.append(str(error))
+        found += [_unnamed(name) for name in names if given.get(name) is None]
+        return found + missing(Path(given[name]) for name in names if given.get(name) is not None)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -145,23 +163,36 @@ def _book(who: str) -> str:
 
 def _named(key: str, path: str | None) -> Path:
     if path is None:
-        raise DataError(f"data.{key} is missing: name the file, data.{key}=path")
+        raise DataError(_unnamed(key))
     return Path(path)
+
+
+def _unnamed(key: str) -> str:
+    return f"data.{key} is missing: name the file, data.{key}=path"
+
+
+def _sources(features: Mapping[str, int], branches: int) -> dict[str, str]:
+    """The feature set of each branch's key."""
+    return dict(zip(branch_features(features, branches), cycle(features), strict=False))
 
 
 def _tables(
     sources: Mapping[str, str], files: Mapping[str, str | None], skip: Sequence[str], cache: str | None
 ) -> dict[str, FeatureTable]:
     """The tables that feature sets are from."""
+    return {
+        name: FeatureTable(_named(name, files[name]), scale=name not in _UNSCALED, skip=skip, cache=cache)
+        for name in _wanted(sources)
+    }
+
+
+def _wanted(sources: Mapping[str, str]) -> list[str]:
+    """The names of the tables that feature sets are from."""
     for source in sources.values():
         if source not in _FEATURES and source not in ("dose1", "dose2"):
             known = ", ".join(("dose1", "dose2", *_FEATURES))
             raise DataError(f"the files have no feature set {source!r} of model.features; they have {known}")
-    wanted = dict.fromkeys(_FEATURES[source][1] for source in sources.values() if source in _FEATURES)
-    return {
-        name: FeatureTable(_named(name, files[name]), scale=name not in _UNSCALED, skip=skip, cache=cache)
-        for name in wanted
-    }
+    return list(dict.fromkeys(_FEATURES[source][1] for source in sources.values() if source in _FEATURES))
 
 
 def _check_widths(features: Mapping[str, int], used: set[str], tables: Mapping[str, FeatureTable]) -> None:
@@ -176,14 +207,18 @@ def _check_widths(features: Mapping[str, int], used: set[str], tables: Mapping[s
 
 def _responses(path: Path, columns: Mapping[str, str | None], cache: str | None) -> Kept:
     """The rows as numbers and codes, and the names of the codes; made once."""
+    _check_columns(columns, path)
+    choices = hashlib.sha256(f"{FORMAT} {sorted(columns.items())}".encode()).hexdigest()[:8]
+    return kept(path, f"{choices}.responses", cache, lambda: _parse(path, columns))
+
+
+def _check_columns(columns: Mapping[str, str | None], path: Path | str) -> None:
     for name in (*_TEXTS, *_NUMBERS):
         if columns.get(name) is None and name not in ("drug2", "dose2"):
             raise DataError(f"data.columns.{name} must name a column of {path}")
     unknown = [name for name in columns if name not in (*_TEXTS, *_NUMBERS)]
     if unknown:
         raise DataError(f"there is no data.columns.{unknown[0]}; it has {', '.join((*_TEXTS, *_NUMBERS))}")
-    choices = hashlib.sha256(f"{FORMAT} {sorted(columns.items())}".encode()).hexdigest()[:8]
-    return kept(path, f"{choices}.responses", cache, lambda: _parse(path, columns))
 
 
 def _parse(path: Path, columns: Mapping[str, str | None]) -> Kept:

@@ -27,7 +27,7 @@ from benchmarks.kernels.work import PASSES, Cost, Kernel, Size
 from benchmarks.report import text
 from kernels import dropout, tuning
 from kernels.tuning import Table, tuned, using
-from launch.settings import SettingsError
+from launch.problems import SettingsError
 from launch.start import CONF
 from tests.thorough import thorough
 

@@ -20,6 +20,7 @@ from launch.capture import capture
 from launch.compare import compare
 from launch.export import export
 from launch.plan import plan
+from launch.profile import profile
 from launch.simulate import simulate
 from launch.start import launch
 from launch.train import train
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "simulate": (simulate, "simulate"),
     "compare": (compare, "compare"),
     "export": (export, "export"),
+    "profile": (profile, "profile"),
 }
 
 

@@ -213,3 +213,8 @@ class NoData:
 
 def function():
     return 3
+
+
+class Full:
+    def __init__(self):
+        raise OSError("no space")

@@ -13,7 +13,7 @@ from gpp.runtime.staging import OnHost
 from launch import device_memory, transport
 from launch.device_memory import Verdict, asked_for, verdict
 from launch.mpirun import assemble, find_machine
-from launch.settings import SettingsError
+from launch.problems import SettingsError
 from tests.mpirun import run_mpi, why_no_mpi
 from tests.thorough import thorough
 

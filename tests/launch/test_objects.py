@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from gpp.api.optimizer import optimizer_factor
-from launch.objects import chosen, dataset, locate, model_builder
+from launch.objects import chosen, data_object, dataset, locate, model_builder
 from launch.optimizers import optimizer_maker
 from launch.plans import state_factor
-from launch.settings import SettingsError
+from launch.problems import SettingsError
 
 from .commands import foreign
 
@@ -95,7 +95,7 @@ def test_locate_finds_nested_names() -> None:
 )
 def test_data_sets_of_dictionaries_and_tuples(arguments: dict[str, Any], keys: tuple[str, ...]) -> None:
     model = model_builder({"_target_": "my_package.MyNet"})()
-    data = dataset(arguments, model)
+    data = dataset(data_object(arguments), arguments, model)
     assert data.keys == keys
     assert data.read([5, 7], data.keys)[keys[0]].shape == (2, 8)
 
@@ -103,7 +103,7 @@ def test_data_sets_of_dictionaries_and_tuples(arguments: dict[str, Any], keys: t
 def test_keys_must_be_a_list() -> None:
     model = model_builder({"_target_": "my_package.MyNet"})()
     with pytest.raises(SettingsError, match=r"data.keys must be a list of names"):
-        dataset({"_target_": "my_package.MyData", "keys": "aby"}, model)
+        dataset([0], {"_target_": "my_package.MyData", "keys": "aby"}, model)
 
 
 def test_an_optimizer_must_be_one() -> None:

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from gpp.api.optimizer import optimizer_factor
 from gpp.capture.export import CaptureError
 from launch.optimizers import OptimizerMaker, one_launch, optimizer_maker, scheduler_maker
-from launch.settings import SettingsError
+from launch.problems import SettingsError
 from launch.start import CONF
 from tests.equality import models
 

@@ -5,7 +5,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpp.planner.options import Constraints
 from launch.planner_settings import KEYS, NAMES, SEARCHED, planner_settings
-from launch.settings import SettingsError
+from launch.problems import SettingsError
 from launch.start import CONF
 
 

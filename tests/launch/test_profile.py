@@ -10,8 +10,9 @@ from gpp.cost import CostError, CostTable, Roofline, Timing, costs_from_json, co
 from gpp.graph import ComputationGraph, Operator, Work
 from gpp.topology import DeviceTopology
 from launch import settings
+from launch.cluster import topology
+from launch.problems import SettingsError
 from launch.profile import sizes_of
-from launch.settings import SettingsError
 from launch.start import CONF
 
 from .test_settings import configuration
@@ -86,7 +87,7 @@ def cluster(name: str, devices: int = 16) -> DeviceTopology:
     config = configuration()
     config.cluster = OmegaConf.load(CONF / f"cluster/{name}.yaml")
     settings.check_keys(config)
-    return settings.topology(config, devices, None)
+    return topology(config, devices, None)
 
 
 @pytest.mark.parametrize(

@@ -66,14 +66,14 @@ REFUSED = {
     "all damaged": "train.resume: no checkpoint in",
     "seed": "was made with seed 0, this run has 1: data and dropout would go another way. Use the same seed",
     "optimizer": "was made with the optimizer torch.optim.adamw.AdamW, this run has torch.optim.sgd.SGD",
-    "file": "my_package.py: File exists",
+    "file": "train.checkpoint_folder: nothing can be written to",
     "disk": "of free disk space, checkpoints need",
     "emulated": "device=emulated trains nothing that a checkpoint could keep",
     "no checkpoint": "checkpoint",
     "nothing": "there is no checkpoint",
     "no average": "has no moving average of the weights: train.ema keeps one",
     "word": "averaged must be true or false, it is 'often'",
-    "output": "my_package.py/file cannot be written: ",
+    "output": "output: nothing can be written to",
     "damaged export": "damaged/averages-00001-of-00002.safetensors is damaged",
 }
 

@@ -3,8 +3,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from launch import settings
-from launch.settings import SettingsError, WeightFile, check_choices, check_keys
+from launch import cluster, settings
+from launch.problems import SettingsError
+from launch.settings import WeightFile, check_choices, check_keys
 from launch.start import CONF
 
 GROUPS = ("model/mmt", "data/stdlib", "cluster/local", "cost/roofline", "planner/graphpipe", "schedule/1f1b")
@@ -113,10 +114,10 @@ def test_a_step_has_the_samples_of_all_its_parts() -> None:
 
 def test_the_rate_of_a_device_is_that_of_the_precision() -> None:
     low = configuration(precision__name="bf16")
-    assert settings.topology(low, 1, None).devices[0].flops == low.cluster.flops_bf16
-    assert settings.topology(configuration(), 1, None).devices[0].flops == low.cluster.flops
+    assert cluster.topology(low, 1, None).devices[0].flops == low.cluster.flops_bf16
+    assert cluster.topology(configuration(), 1, None).devices[0].flops == low.cluster.flops
     without = configuration(precision__name="bf16", cluster__flops_bf16=None)
-    assert settings.topology(without, 1, None).devices[0].flops == low.cluster.flops
+    assert cluster.topology(without, 1, None).devices[0].flops == low.cluster.flops
 
 
 @pytest.mark.parametrize(
@@ -147,22 +148,22 @@ def test_only_own_kernels_have_a_choice_of_attention(name: str) -> None:
     [("auto", None, 4), ("auto", 3, 3), (2, 3, 2), (3, 3, 3), (7, None, 7)],
 )
 def test_device_count(value: Any, world: int | None, count: int) -> None:
-    assert settings.device_count(configuration(cluster__devices=value), world) == count
+    assert cluster.device_count(configuration(cluster__devices=value), world) == count
 
 
 def test_more_devices_than_ranks_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"cluster.devices is 4, but there are 3 MPI ranks"):
-        settings.device_count(configuration(cluster__devices=4), 3)
+        cluster.device_count(configuration(cluster__devices=4), 3)
 
 
 def test_topology_follows_the_hosts() -> None:
-    alone = settings.topology(configuration(), 4, None)
+    alone = cluster.topology(configuration(), 4, None)
     assert (len(alone.devices), alone.per_host) == (4, 4)
-    assert settings.topology(configuration(), 4, ("a", "a", "b", "b")).per_host == 2
-    assert settings.topology(configuration(), 1, ("a", "a")).per_host == 1
-    assert settings.topology(configuration(cluster__per_host=2), 4, None).per_host == 2
+    assert cluster.topology(configuration(), 4, ("a", "a", "b", "b")).per_host == 2
+    assert cluster.topology(configuration(), 1, ("a", "a")).per_host == 1
+    assert cluster.topology(configuration(cluster__per_host=2), 4, None).per_host == 2
     with pytest.raises(SettingsError, match=r"cluster.per_host is 1, but the fullest host has 2 ranks"):
-        settings.topology(configuration(cluster__per_host=1), 4, ("a", "a", "b", "b"))
+        cluster.topology(configuration(cluster__per_host=1), 4, ("a", "a", "b", "b"))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_topology_follows_the_hosts() -> None:
 )
 def test_topology_says_what_is_wrong(key: str, value: Any, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        settings.topology(configuration(**{key: value}), 4, None)
+        cluster.topology(configuration(**{key: value}), 4, None)
 
 
 def test_the_digest_sees_everything_but_hydras_own() -> None:
