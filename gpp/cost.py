@@ -97,7 +97,7 @@ class Timing:
             raise ValueError(
                 f"timing of {self.operator}: every pass needs one time for each size, and one size"
             )
-        if list(self.samples) != sorted({s for s in self.samples if s > 0}):
+        if list(self.samples) != sorted({s for s in self.samples if 0 < s < float("inf")}):
             raise ValueError(
                 f"timing of {self.operator}: sizes must be positive and ascending, they are {self.samples}"
             )
@@ -120,6 +120,15 @@ class CostTable:
     update_traffic: float = 7.0
     graph: str = ""
     measured_on: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.update_traffic < float("inf"):
+            raise ValueError(f"update_traffic must be a number of at least 0, it is {self.update_traffic}")
+        seen: set[str] = set()
+        for timing in self.timings:
+            if timing.operator in seen:
+                raise ValueError(f"operator {timing.operator} has two timings")
+            seen.add(timing.operator)
 
     @cached_property
     def by_name(self) -> dict[str, Timing]:

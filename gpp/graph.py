@@ -5,11 +5,12 @@ every micro-batch size (GraphPipe §3, the computation graph G_C).
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gpp.records import RecordError, from_json, to_json
+from gpp.records import MOST, RecordError, from_json, to_json
 
 FORMAT = "gpp.graph/1"
 
@@ -48,6 +49,8 @@ class Tensor:
             raise GraphError(f"tensor {self.name} has dtype {self.dtype!r}, known are {known}")
         if any(size < 0 for size in self.shape):
             raise GraphError(f"tensor {self.name} has a negative size in its shape {self.shape}")
+        if self.bytes > MOST:
+            raise GraphError(f"tensor {self.name} has more than {MOST} bytes, its shape is {self.shape}")
 
     @property
     def bytes(self) -> int:
@@ -66,6 +69,10 @@ class Parameter:
     bytes: int
     trainable: bool
 
+    def __post_init__(self) -> None:
+        if self.bytes < 0:
+            raise GraphError(f"parameter {self.name} has a negative number of bytes, {self.bytes}")
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -77,8 +84,9 @@ class Work:
     kernels: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.flops, self.bytes, self.bytes_per_call, self.kernels) < 0:
-            raise GraphError(f"work must not be negative, it is {self}")
+        amounts = (self.flops, self.bytes, self.bytes_per_call, self.kernels)
+        if not (min(amounts) >= 0 and max(amounts) < math.inf):
+            raise GraphError(f"work must not be negative nor infinite, it is {self}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +114,9 @@ class Operator:
     terms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.stash, self.weight_stash, self.buffer_bytes) < 0:
-            raise GraphError(f"operator {self.name} has a negative number of bytes")
+        amounts = (self.stash, self.weight_stash, self.buffer_bytes)
+        if not (min(amounts) >= 0 and max(amounts) < math.inf):
+            raise GraphError(f"operator {self.name} has a negative number of bytes, or an infinite one")
 
     @property
     def has_backward(self) -> bool:

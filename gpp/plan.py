@@ -14,6 +14,7 @@ from gpp.records import RecordError, from_json, to_json
 from gpp.topology import DeviceTopology
 
 FORMAT = "gpp.plan/2"
+MICRO_BATCHES = 1 << 17  # of a stage in one step, at most: a schedule lists them all
 POLICIES = ("1f1b", "gpipe", "zero-bubble", "greedy")
 
 
@@ -119,6 +120,13 @@ class Edge:
     tensors: tuple[str, ...]
     bytes: int
     gradient_bytes: int
+
+    def __post_init__(self) -> None:
+        if min(self.bytes, self.gradient_bytes) < 0:
+            raise PlanError(
+                f"edge {self.source} -> {self.target} must not have a negative number of bytes, it has "
+                f"{self.bytes} and {self.gradient_bytes}"
+            )
 
     @property
     def needs_grad(self) -> bool:
@@ -247,9 +255,16 @@ class Plan:
     def __post_init__(self) -> None:
         if self.mini_batch < 1:
             raise PlanError(f"mini_batch must be at least 1, it is {self.mini_batch}")
+        for name in ("estimate", "lower_bound"):
+            _check_amount(f"{name} of a step", getattr(self, name))
         count = len(self.topology.devices)
         owner: dict[int, Stage] = {}
         for stage in self.stage_graph.stages:
+            if self.mini_batch // stage.micro_batch > MICRO_BATCHES:
+                raise PlanError(
+                    f"stage {stage.name} must have at most {MICRO_BATCHES} micro-batches in a step, it has "
+                    f"{self.mini_batch // stage.micro_batch}"
+                )
             if self.mini_batch % stage.micro_batch:
                 raise PlanError(
                     f"micro-batch {stage.micro_batch} of stage {stage.name} does not divide the mini-batch "

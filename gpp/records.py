@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from enum import Enum
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+
+# Beyond is a mistake: sums and products of a few such numbers are still numbers.
+MOST = (1 << 63) - 1  # of whole numbers
+LARGEST = 1e30  # of others: seconds, bytes, operations; infinite is left to a record's own rules
 
 
 class RecordError(ValueError):
@@ -28,7 +33,7 @@ def from_json(cls: type[T], text: str, form: str) -> T:
         raise RecordError(f"malformed JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != form:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise RecordError(f'the key "format" must be "{form}", it is {found!r}')
+        raise RecordError(f'the key "format" must be "{form}", it is {shown(found)}')
     del data["format"]
     return cast(T, _decode(cls, data, cls.__name__))
 
@@ -62,7 +67,7 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
             return hint(value)
         except ValueError:
             known = ", ".join(repr(m.value) for m in hint)
-            raise RecordError(f"{path} must be one of {known}, it is {value!r}") from None
+            raise RecordError(f"{path} must be one of {known}, it is {shown(value)}") from None
     return _decode_scalar(hint, value, path)
 
 
@@ -73,7 +78,7 @@ def _decode_record(cls: type, value: Any, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise RecordError(f"{path} has no key {unknown[0]!r}; it has {', '.join(sorted(fields))}")
+        raise RecordError(f"{path} has no key {shown(unknown[0])}; it has {', '.join(sorted(fields))}")
     arguments = {}
     for name, field in fields.items():
         if name in value:
@@ -89,15 +94,36 @@ def _decode_record(cls: type, value: Any, path: str) -> Any:
 def _named(item: Any) -> str:
     """The name of a record in a list, for messages."""
     name = item.get("name") if isinstance(item, dict) else None
-    return f" ({name})" if isinstance(name, str) else ""
+    return (
+        f" ({name if name.isprintable() and len(name) <= 60 else shown(name)})"
+        if isinstance(name, str)
+        else ""
+    )
 
 
 def _decode_scalar(hint: Any, value: Any, path: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float and number and value == value:
+        if LARGEST < abs(value) < math.inf:
+            raise RecordError(f"{path} must be at most {LARGEST:g}, it is {shown(value)}")
         return float(value)
     if hint is int and isinstance(value, int) and number:
+        if abs(value) > MOST:
+            raise RecordError(f"{path} must be at most {MOST}, it is {shown(value)}")
         return value
-    if hint in (str, bool) and isinstance(value, hint):
+    if hint is bool and isinstance(value, bool):
         return value
-    raise RecordError(f"{path} must be of type {hint.__name__}, it is {value!r}")
+    if hint is str and isinstance(value, str):
+        if not value.isprintable():  # a name goes into tables, messages and file names
+            raise RecordError(f"{path} must be one line of text, it is {shown(value)}")
+        return value
+    raise RecordError(f"{path} must be of type {hint.__name__}, it is {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value in a message: one that is wrong may be long, or have no end of digits."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes, or nested too deep
+        return f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -208,8 +208,8 @@ def table_to_json(table: Table) -> str:
 def read_table(path: Path) -> Table:
     """Raises TableError naming file and key for what is not known or not allowed."""
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, a number too long, or nested too deep
         raise TableError(f"{path}: not JSON: {error}; `tune=true` writes it anew") from None
     given = content.get("format") if isinstance(content, dict) else None
     if given != FORMAT:
@@ -232,7 +232,7 @@ def _check_changes(path: Path, place: str, operator: str, changes: Mapping[str, 
         if name not in options:
             known = ", ".join(options)
             raise TableError(f"{path}: {place}.{name} is not tuned; of {operator} {known} are")
-        if isinstance(value, bool) or value not in options[name]:
+        if type(value) is not int or value not in options[name]:
             raise TableError(f"{path}: {place}.{name} must be one of {options[name]}, it is {value!r}")
 
 

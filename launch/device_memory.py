@@ -47,7 +47,7 @@ def verdict(library: str, machine: str, folder: Path, command: Sequence[str] | N
     try:
         found = json.loads(file.read_text())
         return Verdict(bool(found["works"]), str(found["reason"]))
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or of another time
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or of another time
         pass
     answer = _tried(command, environment)
     try:

@@ -156,10 +156,10 @@ def _json(value: Any, indent: int | None = None) -> str:
 def _lines_before(file: Path, step: int) -> list[str]:
     """The lines of the steps before one; the last that a killed run has written may be half a line."""
     found = []
-    for line in file.read_text().splitlines(keepends=True) if step and file.is_file() else ():
+    for line in file.read_text(errors="replace").splitlines(keepends=True) if step and file.is_file() else ():
         try:
             number = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(number, int) and number < step and line.endswith("\n"):
             found.append(line)

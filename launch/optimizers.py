@@ -96,7 +96,7 @@ def optimizer_maker(arguments: Arguments) -> OptimizerMaker:
             "optimizer.groups must be a list of groups, [{pattern: [*.bias, *norm*], weight_decay: 0}], it "
             f"is {given!r}"
         )
-    undecayed = _words(arguments.get("no_decay") or [])
+    undecayed = _words(arguments.get("no_decay") or [], "optimizer.no_decay")
     wrong = [word for word in undecayed if word not in NO_DECAY]
     if wrong:
         raise SettingsError(
@@ -106,14 +106,18 @@ def optimizer_maker(arguments: Arguments) -> OptimizerMaker:
     return OptimizerMaker(
         target,
         options,
-        tuple(_words(group["pattern"]) for group in given),
+        tuple(_words(group["pattern"], "pattern of optimizer.groups") for group in given),
         tuple({str(k): v for k, v in group.items() if k != "pattern"} for group in given),
         undecayed,
     )
 
 
-def _words(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(map(str, value))
+def _words(value: Any, key: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Sequence) or not all(isinstance(word, str) for word in value):
+        raise SettingsError(f"{key} must be a list of texts, it is {value!r}")
+    return tuple(value)
 
 
 def scheduler_maker(
@@ -139,14 +143,16 @@ def _scheduler(arguments: Any, optimizer: torch.optim.Optimizer) -> LRScheduler:
     given: dict[str, Any] = {str(k): v for k, v in arguments.items() if k != "_target_"}
     for name, value in given.items():
         if name == "schedulers":
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise SettingsError(f"lr_scheduler.schedulers must be a list of schedulers, it is {value!r}")
             given[name] = [_scheduler(item, optimizer) for item in value]
         elif isinstance(value, Mapping) and "_target_" in value:  # a function of the step
             given[name] = make_object(value, f"lr_scheduler.{name}")
     kind = locate(target, "lr_scheduler")
     try:
         made = kind(optimizer=optimizer, **given)
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        raise SettingsError(f"lr_scheduler._target_={target}: {error}") from error
+    except Exception as error:  # a class that is given what it did not expect
+        raise SettingsError(f"lr_scheduler._target_={target}: {error or type(error).__name__}") from error
     if isinstance(made, ReduceLROnPlateau) or not isinstance(made, LRScheduler):
         raise SettingsError(
             f"lr_scheduler._target_={target} must be a class of torch.optim.lr_scheduler that steps without "

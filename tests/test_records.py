@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpp.records import RecordError, from_json, to_json
+from gpp.records import LARGEST, MOST, RecordError, from_json, to_json
 
 
 class Colour(Enum):
@@ -52,16 +53,17 @@ class Drawing:
 FORM = "drawing/1"
 SQUARE = Drawing("square", (Point(0), Point(1, 2.5)), Colour.BLUE, True, Point(3), (("a", "b"), ()))
 
+WORDS = st.text().filter(str.isprintable)
+NUMBERS = st.floats(-LARGEST, LARGEST).filter(lambda y: y != -1) | st.sampled_from([math.inf, -math.inf])
+
 records = st.builds(
     Drawing,
-    name=st.text(),
-    points=st.lists(
-        st.builds(Point, x=st.integers(), y=st.floats(allow_nan=False).filter(lambda y: y != -1)), max_size=3
-    ).map(tuple),
+    name=WORDS,
+    points=st.lists(st.builds(Point, x=st.integers(-MOST, MOST), y=NUMBERS), max_size=3).map(tuple),
     colour=st.sampled_from(Colour),
     closed=st.booleans(),
-    origin=st.none() | st.builds(Point, x=st.integers()),
-    names=st.lists(st.lists(st.text(), max_size=2).map(tuple), max_size=2).map(tuple),
+    origin=st.none() | st.builds(Point, x=st.integers(-MOST, MOST)),
+    names=st.lists(st.lists(WORDS, max_size=2).map(tuple), max_size=2).map(tuple),
 )
 
 

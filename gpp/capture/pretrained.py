@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from gpp.records import shown
+
 from .export import CaptureError
 from .names import names_of
 from .weights import Initialised
@@ -112,13 +114,16 @@ def _files(file: Path) -> list[Path]:
     if file.suffix != ".json":
         return [file]
     try:
-        names = json.loads(file.read_text())["weight_map"].values()
-        return [file.parent / name for name in dict.fromkeys(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = list(dict.fromkeys(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CaptureError(
             f"train.init_from: {file} is no index of safetensors files, {{weight_map: {{name: file}}}}: "
-            f"{error!r}"
+            f"{type(error).__name__}"
         ) from None
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) < 200:
+            raise CaptureError(f"train.init_from: {file} names a file {shown(name)}, which cannot be one")
+    return [file.parent / name for name in names]
 
 
 def _shapes(file: Path) -> dict[str, _Tensor]:

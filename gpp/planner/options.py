@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpp.plan import PlanError, Policy
+from gpp.plan import MICRO_BATCHES, PlanError, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,11 @@ class Options:
             raise PlanError(
                 f"train.micro_batch must be auto or at least 1 sample, it is {self.micro_batch!r}"
             )
+        if self.mini_batch // self.micro_batch > MICRO_BATCHES:
+            raise PlanError(
+                f"a step of {self.mini_batch} samples has more than {MICRO_BATCHES} micro-batches of "
+                f"train.micro_batch {self.micro_batch}: take larger ones"
+            )
         if self.mini_batch % self.micro_batch:
             raise PlanError(
                 f"train.micro_batch {self.micro_batch} does not divide train.mini_batch {self.mini_batch}; "
@@ -82,7 +87,8 @@ class Options:
         if self.micro_batch != "auto":
             return (self.micro_batch,)
         sizes = {1 << i for i in range(self.mini_batch.bit_length()) if self.mini_batch % (1 << i) == 0}
-        return tuple(sorted(sizes | {self.mini_batch}))
+        few = {size for size in sizes if self.mini_batch // size <= MICRO_BATCHES}
+        return tuple(sorted(few | {self.mini_batch}))
 
     def degrees(self, micro_batch: int, devices: int) -> tuple[int, ...]:
         """Replicas a stage may have: powers of two that divide the micro-batch (GraphPipe §5)."""

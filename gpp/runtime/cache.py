@@ -64,6 +64,13 @@ def made_from(source: Path, what: str, folder: str | None, make: Callable[[Binar
     return target
 
 
+def damaged(made: Path, source: Path, reason: object) -> DataError:
+    """The error for a file that was made from `source` and is not what was written any more."""
+    return DataError(
+        f"{made}, made once from {source}, is damaged ({reason}): remove it, and it is made again"
+    )
+
+
 def missing(sources: Iterable[Path]) -> list[str]:
     """What is wrong with each of the files that cannot be read."""
     found = []

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import made_from
+from .cache import damaged, made_from
 from .data import DataError
 
 MISSING = frozenset(("", "-", "na", "n/a", "nan", "null", "none"))  # in any case, spaces around left aside
@@ -59,7 +59,10 @@ def positions(path: Path, header: Sequence[str], wanted: Sequence[str]) -> list[
     """Where the columns `wanted` are. Raises DataError for one that the header lacks."""
     for name in wanted:
         if name not in header:
-            shown = ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
+            known = [
+                field if field.isprintable() and len(field) <= 60 else ascii(field[:57]) for field in header
+            ]
+            shown = ", ".join(known[:8]) + (", ..." if len(header) > 8 else "")
             raise DataError(f"{path} has no column {name!r}; it has {shown}")
     return [header.index(name) for name in wanted]
 
@@ -76,8 +79,11 @@ def numbers(path: Path, line: int, names: Sequence[str], fields: Sequence[str]) 
     return found
 
 
-def kept(source: Path, what: str, cache: str | None, make: Callable[[], Kept]) -> Kept:
-    """The array, mapped into memory, and the names that `make` finds in `source`, made once for all runs."""
+def kept(
+    source: Path, what: str, cache: str | None, make: Callable[[], Kept], fits: Callable[[Kept], bool]
+) -> Kept:
+    """The array, mapped into memory, and the names that `make` finds in `source`, made once for all runs.
+    Raises DataError where the file that was made cannot be read any more, or does not hold what `fits`."""
 
     def write(file: BinaryIO) -> None:
         array, names = make()
@@ -85,10 +91,17 @@ def kept(source: Path, what: str, cache: str | None, make: Callable[[], Kept]) -
         file.write(json.dumps(names).encode())  # behind the array, where np.load does not look
 
     path = made_from(source, what, cache, write)
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    with path.open("rb") as file:
-        file.seek(array.offset + array.nbytes)
-        return array, json.load(file)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:
+            file.seek(array.offset + array.nbytes)
+            found = array, json.loads(file.read().decode())
+        good = fits(found)
+    except Exception as error:  # numpy parses a header as Python does its source: it may raise anything
+        raise damaged(path, source, type(error).__name__) from error
+    if not good:
+        raise damaged(path, source, "its parts do not belong together")
+    return found
 
 
 def _number(path: Path, line: int, name: str, field: str) -> float:

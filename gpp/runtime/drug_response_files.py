@@ -209,7 +209,19 @@ def _responses(path: Path, columns: Mapping[str, str | None], cache: str | None)
     """The rows as numbers and codes, and the names of the codes; made once."""
     _check_columns(columns, path)
     choices = hashlib.sha256(f"{FORMAT} {sorted(columns.items())}".encode()).hexdigest()[:8]
-    return kept(path, f"{choices}.responses", cache, lambda: _parse(path, columns))
+    return kept(path, f"{choices}.responses", cache, lambda: _parse(path, columns), _fits)
+
+
+def _fits(found: Kept) -> bool:
+    table, names = found
+    if (
+        table.dtype != _ROW
+        or table.ndim != 1
+        or not all(isinstance(n, str) for b in names.values() for n in b)
+    ):
+        return False
+    least = {"cell": 0, "drug1": 0, "drug2": _NONE}
+    return all(least[who] <= table[who].min() and table[who].max() < len(names[_book(who)]) for who in _TEXTS)
 
 
 def _check_columns(columns: Mapping[str, str | None], path: Path | str) -> None:

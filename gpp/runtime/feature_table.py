@@ -26,7 +26,7 @@ class FeatureTable:
     ) -> None:
         self.path = path
         choices = hashlib.sha256(f"{FORMAT} {scale} {sorted(skip)}".encode()).hexdigest()[:8]
-        found = kept(path, f"{choices}.features", cache, lambda: _parse(path, scale, frozenset(skip)))
+        found = kept(path, f"{choices}.features", cache, lambda: _parse(path, scale, frozenset(skip)), _fits)
         self.values: NDArray[np.float32] = found[0]
         self.rows = {name: row for row, name in enumerate(found[1]["ids"])}
 
@@ -34,6 +34,13 @@ class FeatureTable:
     def width(self) -> int:
         """How many numbers an id has."""
         return int(self.values.shape[1])
+
+
+def _fits(found: Kept) -> bool:
+    values, names = found
+    ids = names["ids"]
+    right = values.dtype == np.float32 and values.ndim == 2 and len(ids) == len(values)
+    return right and all(isinstance(name, str) for name in ids)
 
 
 def _parse(path: Path, scale: bool, skip: frozenset[str]) -> Kept:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .cache import made_from, status
+from .cache import damaged, made_from, status
 from .data import DataError, Indices
 
 CHUNK = 1 << 24  # bytes looked at together for line ends
@@ -33,16 +33,31 @@ class TextLines:
             text = made_from(path, "text", cache, lambda file: _unpack(path, file))
             cache = str(text.parent)
         index = made_from(text, "lines", cache, lambda file: _index(path, text, file))
-        self._starts = np.memmap(index, dtype=np.int64, mode="r")
         self._file = text.open("rb", buffering=0)
+        self._size, self._index = text.stat().st_size, index
+        self._starts = self._mapped()
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def _mapped(self) -> Indices:
+        try:
+            starts = np.memmap(self._index, dtype=np.int64, mode="r")
+        except ValueError as error:
+            raise damaged(self._index, self.path, "its size") from error
+        begin, end = int(starts[0]), int(starts[-1])
+        if len(starts) < 2 or begin != 0 or not 0 < end <= self._size or self._size - end > TAIL:
+            raise damaged(self._index, self.path, "it is of another file")
+        if os.pread(self._file.fileno(), self._size - end, end).strip(b"\r\n"):
+            raise damaged(self._index, self.path, "lines are missing")
+        return starts
+
     def read(self, rows: Indices) -> list[bytes]:
         """The lines at `rows`, in their order, without line ends."""
-        starts = self._starts[rows].tolist()
-        sizes = (self._starts[rows + 1] - self._starts[rows]).tolist()
+        first, last = self._starts[rows], self._starts[rows + 1]
+        if len(rows) and not (0 <= first.min() and (first < last).all() and last.max() <= self._size):
+            raise damaged(self._index, self.path, "lines do not follow each other")
+        starts, sizes = first.tolist(), (last - first).tolist()
         file = self._file.fileno()
         # All are asked for before the first is waited for: 4096 lines from a disk then took a quarter of the
         # time. Both calls let go of the interpreter's lock, which a page fault in mapped memory keeps.

@@ -21,16 +21,13 @@ from gpp.checkpoint.manifest import (
 )
 from gpp.checkpoint.tensors import CheckpointError, FileRecord
 
+from ..mutated_json import JSON, changed, places
+
 WHERE = Path("run/manifest.json")
 FILE = "model-00001-of-00001.safetensors"
 ENTRY = OptimizerEntry(FILE, ("exp_avg",), {"step": 3}, {"lr": 0.1, "betas": [0.9, 0.99], "foreach": None})
 PART = Part({FILE: FileRecord(10, 11)}, {"a": FILE, "b": FILE}, {"a": FILE}, {"a": ENTRY}, "torch.optim.Adam")
 MANIFEST = Manifest(7, 16, 3, 0.9, PART)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=5,
-)
 
 
 def checked(content: Any) -> str:
@@ -41,25 +38,7 @@ def checked(content: Any) -> str:
     return json.dumps(content)
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    found = [path]
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        found += places(inner, (*path, key))
-    return found
-
-
 CONTENT = json.loads(manifest_to_json(MANIFEST))
-
-
-def changed(path: tuple, value: Any) -> Any:
-    content = json.loads(json.dumps(CONTENT))
-    if not path:
-        return value
-    inner = content
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    return content
 
 
 def test_there_and_back() -> None:
@@ -102,7 +81,7 @@ def test_parts_are_joined() -> None:
 )
 def test_errors_name_file_and_place(path: tuple, value: Any, message: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        manifest_from_json(checked(changed(path, value)), WHERE)
+        manifest_from_json(checked(changed(CONTENT, path, value)), WHERE)
     assert message in str(error.value)
 
 
@@ -116,8 +95,11 @@ def test_another_number_does_not_pass() -> None:
 @example(("part", "files"), {"": {}})
 def test_no_content_makes_another_error(path: tuple, value: Any) -> None:
     for read, text in (
-        (manifest_from_json, checked(changed(path, value))),
-        (part_from_json, json.dumps(changed(path, value)["part"] if path[:1] == ("part",) else value)),
+        (manifest_from_json, checked(changed(CONTENT, path, value))),
+        (
+            part_from_json,
+            json.dumps(changed(CONTENT, path, value)["part"] if path[:1] == ("part",) else value),
+        ),
     ):
         try:
             read(text, WHERE)

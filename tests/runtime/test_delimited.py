@@ -63,7 +63,7 @@ def test_an_array_and_its_names_are_kept(tmp_path: Path) -> None:
         return np.arange(6, dtype=np.float32).reshape(2, 3), {"ids": ["a", "é"]}
 
     for _ in range(2):
-        array, names = kept(path, "test", None, make)
+        array, names = kept(path, "test", None, make, lambda found: len(found[1]["ids"]) == 2)
         assert isinstance(array, np.memmap) and array.tolist() == [[0, 1, 2], [3, 4, 5]]
         assert names == {"ids": ["a", "é"]}
     assert len(calls) == 1
