@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gpp.graph import ComputationGraph
+from gpp.made_for import Note
 from gpp.records import RecordError, from_json, to_json
 from gpp.topology import DeviceTopology
 
-FORMAT = "gpp.plan/2"
+FORMAT, OLDER = "gpp.plan/3", ("gpp.plan/2",)  # without `made_for`
 MICRO_BATCHES = 1 << 17  # of a stage in one step, at most: a schedule lists them all
 POLICIES = ("1f1b", "gpipe", "zero-bubble", "greedy")
 
@@ -235,7 +236,8 @@ class Plan:
 
     `estimate` and `lower_bound` are seconds of one step, `bound_by` is the argument that gives the bound, and
     `choices` are what led from the best other planner's plan to this one. `loss_weighted` and `global_norm`
-    say which scalars all stages must agree on before they update.
+    say which scalars all stages must agree on before they update. `made_for` are the operators of the model,
+    so that another one can be told from it by more than its fingerprint.
     """
 
     stage_graph: StageGraph
@@ -251,6 +253,7 @@ class Plan:
     loss_weighted: bool = False
     global_norm: bool = False
     choices: tuple[Choice, ...] = ()
+    made_for: tuple[Note, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mini_batch < 1:
@@ -318,7 +321,7 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(text: str) -> Plan:
     """Read `plan_to_json`'s text back. Raises PlanError naming what is malformed or breaks a rule."""
     try:
-        return from_json(Plan, text, FORMAT)
+        return from_json(Plan, text, FORMAT, OLDER)
     except RecordError as error:
         raise PlanError(f"not a plan: {error}") from None
     except PlanError:

@@ -5,6 +5,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Collection
 from enum import Enum
 from typing import Any, TypeVar, cast
 
@@ -24,14 +25,14 @@ def to_json(record: Any, form: str) -> str:
     return json.dumps({"format": form, **_plain(record)}, sort_keys=True, indent=1)
 
 
-def from_json(cls: type[T], text: str, form: str) -> T:
-    """Read `to_json`'s text back. Raises RecordError (malformed, wrong type, missing or unknown key) and
-    whatever the record's own checks raise."""
+def from_json(cls: type[T], text: str, form: str, older: Collection[str] = ()) -> T:
+    """Read `to_json`'s text back, or one of an `older` form that lacks some keys. Raises RecordError
+    (malformed, wrong type, missing or unknown key) and whatever the record's own checks raise."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, a number too long, or nested too deep
         raise RecordError(f"malformed JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != form:
+    if not isinstance(data, dict) or data.get("format") not in (form, *older):
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise RecordError(f'the key "format" must be "{form}", it is {shown(found)}')
     del data["format"]

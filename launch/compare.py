@@ -20,7 +20,7 @@ from .guard import first_rank
 from .plan import announced, captured_subject, subject_named
 from .planner_settings import KEYS, NAMES
 from .plans import Request, Subject, request_of
-from .problems import Collected, SettingsError
+from .problems import Collected, SettingsError, group_of
 from .settings import costs, train_settings
 from .start import CONF, launch, own_overrides, run_folder
 
@@ -53,12 +53,16 @@ def _requests(config: DictConfig, overrides: Sequence[str]) -> list[dict[str, Re
     with Collected() as read:
         requests = [
             {
-                name: read(request_of, _asked(config, name, count, batch), overrides)
+                name: read(_request, config, overrides, name, count, batch)
                 for name in read(planners_of, config) or NAMES
             }
             for count, batch in read(steps_of, config) or [(1, 1)]
         ]
     return requests
+
+
+def _request(config: DictConfig, overrides: Sequence[str], name: str, count: int, batch: int) -> Request:
+    return request_of(_asked(config, name, count, batch), overrides)
 
 
 def problem_of(request: Request, subject: Subject) -> Problem:
@@ -77,8 +81,9 @@ def planners_of(config: DictConfig) -> list[str]:
     wrong = [name for name in found if name not in NAMES]
     if wrong:
         raise SettingsError(f"planners must be some of {', '.join(NAMES)}, one is {wrong[0]!r}")
-    known = {key for name in (*found, str(config.planner.name)) for key in KEYS.get(name, ())}
-    unknown = [str(key) for key in config.planner if key not in known]
+    group = group_of(config, "planner")
+    known = {key for name in (*found, str(group.get("name"))) for key in KEYS.get(name, ())}
+    unknown = [str(key) for key in group if key not in known]
     if unknown:
         raise SettingsError(f"none of the planners {', '.join(found)} has a key planner.{unknown[0]}")
     return list(dict.fromkeys(found))
@@ -115,10 +120,14 @@ def _list(config: DictConfig, key: str, what: str) -> list[Any]:
 
 def _asked(config: DictConfig, name: str, count: int, mini_batch: int) -> DictConfig:
     """The configuration of one plan: the planner's own defaults, and what `planner` says of its keys."""
+    for group in ("cluster", "train"):
+        group_of(config, group)
     defaults = OmegaConf.load(CONF / "planner" / f"{name}.yaml")
     assert isinstance(defaults, DictConfig)
     given: Mapping[Any, Any] = {
-        key: value for key, value in config.planner.items() if key in KEYS[name] and key != "name"
+        key: value
+        for key, value in group_of(config, "planner").items()
+        if key in KEYS[name] and key != "name"
     }
     asked = config.copy()
     OmegaConf.set_struct(asked, False)

@@ -19,6 +19,7 @@ from gpp.planner.named import planned
 from gpp.planner.options import Options
 
 from .cluster import device_count, topology
+from .fitting import check_cluster, with_optimizer
 from .planner_settings import SCHEDULES, planner_settings
 from .problems import Collected, SettingsError
 from .settings import (
@@ -129,7 +130,11 @@ def make_plan(request: Request, subject: Subject) -> Plan:
     if path is not None:
         plan = replay(request, path)
         coupled = settings.mini_batch if subject.loss_coupled else None
-        check_subject(plan, subject.graph, path, coupled=coupled)
+        with Collected() as read:
+            read(check_subject, plan, subject.graph, path, coupled=coupled)
+            needs = with_optimizer(plan, request.options(settings, subject).optimizer_factor)
+            cluster = topology(request.config, request.count, request.hosts)
+            read(check_cluster, needs, path, cluster, request.hosts)
         return replace(plan, global_norm=settings.norm_wanted)
     plan = planned(
         str(request.config.planner.name),
@@ -149,6 +154,9 @@ def replay(request: Request, path: str) -> Plan:
     with Collected() as read:
         for check in (_check_devices, _check_samples, _check_precision, _check_micro_batch, _check_schedule):
             read(check, request, plan, path)
+        if request.config.device != "emulated":  # there neither memory nor hosts are real
+            cluster = read(topology, request.config, request.count, request.hosts)
+            read(check_cluster, plan, path, cluster, request.hosts)
     return plan
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Literal, ParamSpec, TypeVar, cast
 
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 P = ParamSpec("P")
@@ -32,6 +33,14 @@ class SettingsError(ValueError):
             return self.problems[0]
         lines = [f"{i}. {text}" for i, text in enumerate(self.problems, 1)]
         return "\n".join([f"the configuration has {len(lines)} problems:", *lines])
+
+
+def group_of(config: DictConfig, key: str) -> DictConfig:
+    """A group of the configuration. Raises SettingsError for what is none."""
+    found = OmegaConf.select(config, key)
+    if not isinstance(found, DictConfig):
+        raise SettingsError(f"{key} must be a group of keys, it is {found!r}")
+    return found
 
 
 class Collected:

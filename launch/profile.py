@@ -18,7 +18,7 @@ from gpp.graph import graph_to_json
 
 from .cluster import device_count
 from .guard import first_rank
-from .problems import Collected, SettingsError
+from .problems import Collected, SettingsError, group_of
 from .settings import TrainSettings, check_choices, check_keys, number, train_settings, whole
 from .start import launch, own_overrides, run_folder
 
@@ -136,7 +136,7 @@ def _check_measure(config: DictConfig) -> None:
 
 
 def _check_names(config: DictConfig) -> None:
-    wrong = [str(key) for key in config.measure if key not in _KEYS]
+    wrong = [str(key) for key in group_of(config, "measure") if key not in _KEYS]
     if wrong:
         raise SettingsError(
             *(f"there is no key measure.{key}; measure has {', '.join(_KEYS)}" for key in wrong)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gpp.cost import CostModel, Roofline
 from gpp.graph import ComputationGraph
+from gpp.made_for import Note, differences
 from gpp.plan import Plan, PlanError, Policy, check_plan
 from gpp.planner.named import planned
 from gpp.planner.options import Constraints, Options
@@ -99,15 +100,26 @@ def loss_is_coupled(key: str, mini_batch: int) -> str:
     )
 
 
+def _difference(plan: Plan, graph: ComputationGraph) -> str:
+    if plan.made_for:
+        found = differences(plan.made_for, graph)
+        if plan.loss_weighted != graph.loss_weighted:
+            now, then = (
+                "a sum with a weight" if w else "a mean" for w in (graph.loss_weighted, plan.loss_weighted)
+            )
+            found.append(f"its loss is {now}, {then} in the plan")
+    else:  # of an older form: names are all that it has
+        names = [Note(n, 0, 0, "") for stage in plan.stage_graph.stages for n in stage.operators]
+        found = [text for text in differences(names, graph) if " lacks (" in text]
+    prints = f"its graph is {graph.fingerprint()}, the plan's {plan.fingerprints.graph}"
+    return "; ".join(found) or prints
+
+
 def check_subject(plan: Plan, graph: ComputationGraph, name: str, *, coupled: int | None = None) -> None:
     """Raise PlanError, calling the plan `name`, where it is one for another model, or cuts the mini-batch of
     `coupled` samples for a loss that needs it whole."""
-    found = graph.fingerprint()
-    if plan.fingerprints.graph != found:
-        raise PlanError(
-            f"{name} was made for another model: its graph is {plan.fingerprints.graph}, this one's {found}; "
-            "plan anew"
-        )
+    if plan.fingerprints.graph != graph.fingerprint():
+        raise PlanError(f"{name} was made for another model: {_difference(plan, graph)}; plan anew")
     check_plan(plan, graph)
     small = [s.name for s in plan.stage_graph.stages if s.terms and s.micro_batch != coupled]
     if coupled is not None and small:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gpp.cost import CostModel, all_reduce_seconds
 from gpp.graph import ComputationGraph, Operator, Parameter
+from gpp.made_for import Note, notes
 from gpp.plan import (
     Edge,
     Fingerprints,
@@ -70,6 +71,11 @@ class Problem:
     def fingerprints(self) -> Fingerprints:
         """What its plans are made from."""
         return Fingerprints(self.graph.fingerprint(), self.costs.fingerprint(), self.topology.fingerprint())
+
+    @cached_property
+    def notes(self) -> tuple[Note, ...]:
+        """What its plans are made for."""
+        return notes(self.graph)
 
     @cached_property
     def units(self) -> Units:
@@ -155,6 +161,7 @@ def assemble(
         precision=options.precision,
         loss_weighted=graph.loss_weighted,
         global_norm=options.global_norm,
+        made_for=problem.notes,
     )
 
 

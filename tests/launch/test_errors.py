@@ -97,7 +97,15 @@ CASES = {
     ),
     "learning rate": mine("optimizer.lr=-1", says=("Invalid learning rate: -1",)),
     "memory": mine("cluster.memory=1000", says=("by itself needs about", "devices with more memory")),
-    "another model's plan": mine(f"{MODEL}One", *REPLAY, says=("was made for another model", "plan anew")),
+    "another model's plan": mine(
+        f"{MODEL}One",
+        *REPLAY,
+        says=(
+            "planned/plan.json was made for another model: the model has 1 operator that the plan lacks (on",
+            "the plan has 3 operators that the model lacks (left, right, head)",
+            "plan anew",
+        ),
+    ),
     "another mini-batch": mine(
         *REPLAY, "train.mini_batch=8", says=("mini-batches of 16, train.mini_batch is 8",)
     ),
@@ -108,7 +116,7 @@ CASES = {
         *REPLAY, "schedule=gpipe", says=("the command line asks for gpipe: leave schedule away",)
     ),
     "truncated plan": mine(*REPLAY, "plan=short.json", says=("short.json: not a plan: malformed JSON",)),
-    "no plan at all": mine(*REPLAY, "plan=planned/graph.json", says=('must be "gpp.plan/2"',)),
+    "no plan at all": mine(*REPLAY, "plan=planned/graph.json", says=('must be "gpp.plan/3"',)),
     "overlapping plan": mine(
         *REPLAY, "plan=overlap.json", says=("overlap.json", "device 0 belongs to stage")
     ),

@@ -104,7 +104,7 @@ def refused(folder: Path) -> dict[str, Result]:
         ("binary", "binary.json is no plan file"),
         ("uneven", "micro-batch 3 of stage"),
         ("lacking", "lacking.json: not a plan: Plan lacks the key 'mini_batch'"),
-        ("graph", 'graph.json: not a plan: the key "format" must be "gpp.plan/2"'),
+        ("graph", 'graph.json: not a plan: the key "format" must be "gpp.plan/3"'),
         ("steps", "steps must be a whole number of at least 1, it is 0"),
         ("no profile", "there is no graph file nowhere.json"),
         ("a plan as profile", "planned/plan.json: not a computation graph"),
