@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from gpp.api.capture import capture
 from gpp.api.crew import Crew
@@ -85,14 +86,22 @@ class Job:
         return self.arranged.plan
 
 
-def prepare(request: Request, comm: Communicator, *, alone: bool) -> tuple[Job, int, Initialised]:
-    """The job, the number of ranks, and the initial weights; called by all ranks together.
+def prepare(
+    request: Request,
+    comm: Communicator,
+    *,
+    alone: bool,
+    room: Callable[[nn.Module, float], None] | None = None,
+) -> tuple[Job, int, Initialised]:
+    """The job, the number of ranks, and the initial weights; called by all ranks together. On rank 0 `room`
+    is shown the model before it is captured, see `gather`.
 
     `alone`: one process is all ranks. The weights are the whole model's where it is built on the host: let go
     of them once each stage has its own.
     """
     gc.freeze()  # modules are never garbage: looking for it among them takes 0.1 s, also between steps
-    material, initialised = together(comm, lambda: gather(request.config, request.overrides))
+    look = room if comm.rank == 0 else None
+    material, initialised = together(comm, lambda: gather(request.config, request.overrides, look))
     together(comm, lambda: same(comm, "captured model", material.subject.graph.fingerprint()))
 
     def make() -> tuple[str, float]:
@@ -134,8 +143,13 @@ def _no_profile(config: DictConfig) -> None:
         raise SettingsError("profile= is for launch.plan: training needs the model itself")
 
 
-def gather(config: DictConfig, overrides: Sequence[str]) -> tuple[Material, Initialised]:
-    """Read settings, build model and data, capture, verify."""
+def gather(
+    config: DictConfig,
+    overrides: Sequence[str],
+    look: Callable[[nn.Module, float], None] | None = None,
+) -> tuple[Material, Initialised]:
+    """Read settings, build model and data, capture, verify. `look` is shown the model and the bytes that its
+    optimizer keeps for each that is trained, before capture; it may raise."""
     settings = train_settings(config)
     device = pick_device(config)
     make_optimizer = optimizer_maker(chosen(config, "optimizer", overrides))
@@ -145,6 +159,8 @@ def gather(config: DictConfig, overrides: Sequence[str]) -> tuple[Material, Init
     with Collected() as read:
         initialised = read(_initialised, model_builder(chosen(config, "model", overrides)), settings)
         made = read(data_object, chosen(config, "data", overrides))
+    if look is not None:
+        look(initialised.model, factor)
     make_optimizer = make_optimizer.for_model(initialised.model)
     data = dataset(made, chosen(config, "data", overrides), initialised.model)
     if len(data) < EXAMPLES:

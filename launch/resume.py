@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from gpp.api.checkpoints import Checkpoints, find
-from gpp.checkpoint.folder import Kept, check_place, newest
+from gpp.checkpoint.folder import Kept, check_place, check_space, newest
 from gpp.checkpoint.tensors import CheckpointError
 from gpp.plan import Plan, plan_to_json
 
@@ -57,6 +58,20 @@ def check_folder(settings: CheckpointSettings, run: Path) -> None:
     """Raise SettingsError if checkpoints are to be written, and none can be made in their folder."""
     if settings.checkpoint_every is not None:
         check_writable(folder_of(settings, run), "train.checkpoint_folder")
+
+
+def check_room(
+    settings: CheckpointSettings, run: Path, model: nn.Module, factor: float, *, averaged: bool
+) -> None:
+    """Raise CheckpointError if the disk has no room for the checkpoints of a model, of which the optimizer
+    keeps `factor` bytes for each that is trained; known once the model is built, before it is captured."""
+    if settings.checkpoint_every is None:
+        return
+    saved = sum(
+        value.nbytes for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)
+    )
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    check_space(folder_of(settings, run), saved + trained * (factor + averaged), settings.checkpoint_keep)
 
 
 def _asked_for(settings: CheckpointSettings, run: Path) -> tuple[Path, Kept | None]:

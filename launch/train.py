@@ -6,6 +6,7 @@ kernels=triton also kernels.txt, with train.checkpoint_every= also checkpoints.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -64,6 +65,7 @@ def _train(
     from .guard import together
     from .job import GuardedCrew, asked, pipeline_of, prepare
     from .kernels import kernels_name, write_reports
+    from .resume import check_room
     from .settings import train_settings
     from .transport import process_groups, staging_of
     from .validation import check_training
@@ -77,10 +79,12 @@ def _train(
         alone=alone,
     )
     settings, source = train_settings(config), comm.broadcast_object(lambda: found)
-    comm.watch_by(Rules(settings.silence, strict=True, elastic=settings.elastic), folder)
+    rules = Rules(settings.silence, strict=True, elastic=settings.elastic)
+    comm.watch_by(rules, folder)
     staging = together(comm, lambda: staging_of(config, comm, alone=alone))
     comm.doing.now("captures the model and plans")
-    job, ranks, initialised = prepare(request, comm, alone=alone)
+    room = partial(check_room, settings, folder, averaged=settings.ema is not None)
+    job, ranks, initialised = prepare(request, comm, alone=alone, room=room)
     if comm.rank == 0:
         _announce(config, job, ranks, folder)
     groups = together(comm, lambda: process_groups(config, comm, job.arranged.lowered.train))

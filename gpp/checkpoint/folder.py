@@ -161,10 +161,10 @@ def check_place(folder: Path, step: int) -> None:
 
 def check_space(folder: Path, size: float, keep: int) -> None:
     """Raise CheckpointError if the disk has no room for `keep` checkpoints of `size` bytes and the one that
-    is being written, beside those already there."""
+    is being written, beside those already there. The folder need not exist yet."""
     there = sum(_is_whole(path) for path in _paths(folder, (None,)))
     count = max(1, keep + 1 - there)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < count * size:
         raise CheckpointError(
             f"{folder} has {readable_bytes(free)} of free disk space, checkpoints need "

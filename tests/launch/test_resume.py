@@ -47,6 +47,9 @@ SECOND = {
     "optimizer": train("r", 6, f"train.resume={COPY}", "optimizer=sgd"),
     "file": train("r", 1, *KEEPS, "train.checkpoint_folder=my_package.py"),
     "disk": train("r", 1, *KEEPS, "train.checkpoint_keep=1000000000000"),
+    "early": train(
+        "r", 1, *KEEPS, "train.checkpoint_keep=1000000000000", "model._target_=my_package.Branching"
+    ),
     "emulated": train("r", 1, *KEEPS, "device=emulated"),
     "data": train("r", 6, f"train.resume={COPY}", "train.held_out=0.5"),
     "export older": ["export", "checkpoint=half_kept", "output=older.safetensors"],
@@ -68,6 +71,7 @@ REFUSED = {
     "optimizer": "was made with the optimizer torch.optim.adamw.AdamW, this run has torch.optim.sgd.SGD",
     "file": "train.checkpoint_folder: nothing can be written to",
     "disk": "of free disk space, checkpoints need",
+    "early": "of free disk space, checkpoints need",
     "emulated": "device=emulated trains nothing that a checkpoint could keep",
     "no checkpoint": "checkpoint",
     "nothing": "there is no checkpoint",
