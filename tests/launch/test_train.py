@@ -278,7 +278,9 @@ class TestUnderMpi:
                 assert len(errors) == 1, job.stdout + job.stderr
                 assert "sys.exit(3)" in errors[0]
             case _:
-                assert not errors  # it had no time to say a word; mpirun says which rank it was
+                assert len(errors) == 1, job.stdout + job.stderr  # it said nothing, but others did
+                assert errors[0].startswith("error: rank 1 on ") and "ended without a word" in errors[0]
+                assert re.search(r"\n  rank 0 \(.*\): step \d+: waits for \w+ of samples ", job.stderr)
 
 
 def failing(folder: Path, way: str) -> subprocess.CompletedProcess[str]:
