@@ -26,7 +26,9 @@ T = TypeVar("T")
 # What a user can mend; anything else is a fault of this program and shows its traceback.
 _EXPECTED = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
 # By name, since importing them would import torch.
-_EXPECTED_NAMES = ("DisagreementError", "CommunicationError", "StalledError", "DeviceMemoryError")
+_EXPECTED_NAMES = (
+    *("DisagreementError", "CommunicationError", "StalledError", "DeviceMemoryError", "NonFiniteError"),
+)
 
 # Lines of Hydra's messages that say nothing about the mistake.
 _NOISE = ("Config search path", "provider=", "full_key:", "object_type=", "See https://hydra.cc")
@@ -89,6 +91,10 @@ def guarded(comm: "MpiCommunicator | None", run: Callable[[], T]) -> T:
     except Leaving:
         raise
     except BaseException as problem:
+        if type(problem).__name__ == "NonFiniteError":  # every rank has it, none waits for another
+            if comm is None or comm.rank == 0:
+                print(f"error: {explain(problem)}", file=sys.stderr, flush=True)
+            raise Leaving(1) from None
         several = comm is not None and comm.size > 1
         code = 130 if isinstance(problem, KeyboardInterrupt) else 1
         if comm is not None and several:

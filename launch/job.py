@@ -240,6 +240,8 @@ def pipeline_of(
             clip_norm=settings.clip_norm,
             log_norm=settings.log_norm,
             ema=settings.ema,
+            on_nonfinite=settings.on_nonfinite,
+            max_skips=settings.max_skips,
         ),
         initialised.values,
         device=material.device,

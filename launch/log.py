@@ -74,8 +74,13 @@ class Log:
             line["grad_norm"] = record.norm
         if record.learning_rate is not None:
             line["lr"] = record.learning_rate
+        verdict = record.verdict
+        if verdict is not None:
+            line |= {"skipped": not verdict.ends, "reason": verdict.reason}
         self.file.write(_json(line) + "\n")
         self.file.flush()
+        if verdict is not None and not verdict.ends:
+            print(f"skipped {verdict.reason}", flush=True)
         if record.step % self.every == 0 or record.step == self.steps - 1:
             metrics = "".join(f"  {name} {value:.4f}" for name, value in record.metrics.items())
             if record.norm is not None:

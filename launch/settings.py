@@ -18,6 +18,9 @@ from gpp.planner.options import Options
 
 from .problems import Collected, SettingsError
 
+OnNonfinite = Literal["stop", "skip"]
+ON_NONFINITE: tuple[OnNonfinite, ...] = ("stop", "skip")
+
 MOST = (1 << 63) - 1  # of whole numbers, torch's own bound
 LARGEST = 1e30  # of other numbers: products of a few are finite
 SAMPLES = (1 << 31) - 1  # of a step
@@ -59,6 +62,8 @@ class TrainSettings(CheckpointSettings):
     clip_norm: float | None
     log_norm: bool
     ema: float | None
+    on_nonfinite: OnNonfinite | None
+    max_skips: int
     held_out: float
     log_every: int
     prefetch: int
@@ -73,8 +78,8 @@ class TrainSettings(CheckpointSettings):
 
     @property
     def norm_wanted(self) -> bool:
-        """Whether all ranks must learn the global norm before they update."""
-        return self.clip_norm is not None or self.log_norm
+        """Whether all ranks must learn the global norm, or if all is finite, before they update."""
+        return self.clip_norm is not None or self.log_norm or self.on_nonfinite is not None
 
 
 # The groups in which nothing but this is read; model, data and optimizer are their classes' own, and what a
@@ -193,6 +198,8 @@ def train_settings(config: DictConfig) -> TrainSettings:
             clip_norm=None if clip is None else read(number, config, "train.clip_norm", above=0.0),
             log_norm=read(_switch, config, "train.log_norm"),
             ema=read(_decay, config),
+            on_nonfinite=read(_on_nonfinite, config),
+            max_skips=read(whole, config, "train.max_skips", 1),
             held_out=read(_share, config, "train.held_out"),
             log_every=read(whole, config, "train.log_every", 1),
             prefetch=read(whole, config, "train.prefetch", 1),
@@ -272,6 +279,16 @@ def _switch(config: DictConfig, key: str) -> bool:
     if not isinstance(value, bool):
         raise SettingsError(f"{key} must be true or false, it is {value!r}")
     return value
+
+
+def _on_nonfinite(config: DictConfig) -> OnNonfinite | None:
+    value = OmegaConf.select(config, "train.on_nonfinite")
+    for known in ON_NONFINITE:
+        if value == known:
+            return known
+    if value is not None:
+        raise SettingsError(f"train.on_nonfinite must be stop, skip or null, it is {value!r}")
+    return None
 
 
 def _decay(config: DictConfig) -> float | None:

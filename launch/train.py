@@ -189,7 +189,11 @@ def _run(config: DictConfig, job: "Job", pipeline: "Pipeline", folder: Path) -> 
                 pipeline.typical_seconds,
                 job.planner_seconds,
                 memory,
-                {"eval": evaluation, **({"eval_ema": averaged} if averaged else {})},
+                {
+                    "eval": evaluation,
+                    **({"eval_ema": averaged} if averaged else {}),
+                    "skipped_steps": pipeline.skipped,
+                },
             )
 
 

@@ -80,10 +80,19 @@ class Subject:
 
 
 class Saving:
-    """The writers of the ranks of this process; made by all ranks together."""
+    """The writers of the ranks of this process; made by all ranks together. `skipped` says how many steps a
+    rank has skipped so far: learning rates did not move in them."""
 
-    def __init__(self, checkpoints: Checkpoints, subject: Subject, crew: Crew, states: States) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        subject: Subject,
+        crew: Crew,
+        states: States,
+        skipped: Callable[[int], int],
+    ) -> None:
         self.checkpoints = checkpoints
+        self._skipped = skipped
         self._subject = subject
         self._states = states
         self._crew = crew
@@ -184,7 +193,8 @@ class Saving:
         writer = self._writers[rank]
         writer.wait(self._crew.comm.check)  # before another copy of the weights is made
         texts = self.checkpoints.texts if rank == 0 else {}
-        writer.write(contents(self._states[rank], self._shares, rank, texts), replace(self._base, step=steps))
+        manifest = replace(self._base, step=steps, skipped=self._skipped(rank))
+        writer.write(contents(self._states[rank], self._shares, rank, texts), manifest)
 
 
 def find(path: Path, damaged: Mapping[Path, str]) -> tuple[Kept, list[str]]:
@@ -245,7 +255,8 @@ def load(
     def work() -> dict[str, Tensor]:
         for state in states.values():
             if state is not None:
-                restore(state, kept, subject.keys, subject.hidden, steps=kept.manifest.step)
+                updates = kept.manifest.step - kept.manifest.skipped
+                restore(state, kept, subject.keys, subject.hidden, steps=updates)
         values = weights(kept, keys.values())
         return {name: values[key].clone() for name, key in keys.items()}
 

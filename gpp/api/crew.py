@@ -14,6 +14,7 @@ from gpp.runtime.agreement import agree
 from gpp.runtime.communicator import Communicator
 from gpp.runtime.environment import lonely, under_mpi
 from gpp.runtime.loopback import LoopbackWorld, run
+from gpp.runtime.nonfinite import NonFiniteError
 from gpp.runtime.reduce import Slots
 
 if TYPE_CHECKING:
@@ -148,6 +149,10 @@ class _EndsJob:
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, RefusedError) or self.comm.size == 1:  # every rank has it, and leaves
             self.before(kind, error, trace)
+            return
+        if issubclass(kind, NonFiniteError):  # so has it here, and one says it
+            if self.comm.rank == 0:
+                self.before(kind, error, trace)
             return
         text = "".join(traceback.format_exception_only(kind, error)).rstrip()
         self.comm.fail(text, "".join(traceback.format_exception(kind, error, trace)), 1, shown=True)

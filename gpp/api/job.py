@@ -13,6 +13,7 @@ from gpp.plan import Plan
 from gpp.program.build import Hooks, Roots, build_stage, mode_plan
 from gpp.program.carve import ProgramError, interface
 from gpp.program.stage import StageProgram
+from gpp.runtime.nonfinite import MAX_SKIPS, OnNonfinite, Policy
 from gpp.runtime.schedules import Schedules, call_sizes
 from gpp.runtime.state import Clipping, MakeOptimizer, MakeScheduler, StageState
 from gpp.schedule.check import check
@@ -26,13 +27,22 @@ Values = Callable[[Iterable[str]], dict[str, Tensor]]  # initial weights by full
 class Training:
     """How a model is trained. `make_optimizer` gets (full name, parameter) pairs of some of the parameters,
     as any class of torch.optim takes them. `clip_norm` clips by the global norm, `log_norm` only asks for it.
-    `ema` is the decay of the weights' moving average."""
+    `ema` is the decay of the weights' moving average. `on_nonfinite`: what becomes of a step whose loss or
+    gradients are not finite (None: nobody looks); at most `max_skips` are skipped in a row. That and norms
+    want a plan with `global_norm`."""
 
     make_optimizer: MakeOptimizer
     make_scheduler: MakeScheduler | None = None
     clip_norm: float | None = None
     log_norm: bool = False
     ema: float | None = None
+    on_nonfinite: OnNonfinite | None = None
+    max_skips: int = MAX_SKIPS
+
+    @property
+    def policy(self) -> Policy | None:
+        """For steps that are not finite."""
+        return None if self.on_nonfinite is None else Policy(self.on_nonfinite, self.max_skips)
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,7 @@ def state_of(
         rank,
         scheduler=training.make_scheduler,
         ema=training.ema,
+        check_finite=training.policy is not None,
     )
 
 

@@ -4,8 +4,8 @@ Every rank makes the pipeline and calls its methods, together with the others. U
 rank; without MPI the ranks are threads of the one process, and what is said of rank 0 holds for it.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -44,19 +44,9 @@ from .job import (
     state_of,
 )
 from .optimizer import optimizer_factor
+from .step_result import StepResult, reason_to_skip, step_result
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One training step. `loss` and `metrics` are of the whole mini-batch, on rank 0 (elsewhere None and
-    empty); `norm`, the gradients' global norm, on every rank with a stage if it was asked for. Seconds."""
-
-    loss: float | None
-    metrics: Mapping[str, float]
-    norm: float | None
-    seconds: float | None
 
 
 class Pipeline:
@@ -123,6 +113,7 @@ class Pipeline:
                     job.captured.evaluate,
                     device,
                     staging,
+                    training.policy,
                 )
 
         self._trainers = dict(zip(crew.mine, crew.run(trainer), strict=True))
@@ -146,17 +137,18 @@ class Pipeline:
         """One training step on a whole mini-batch: tensors of shape (mini_batch, ...) by key, from which the
         ranks take their rows. A rank may leave out what it does not read (`keys`).
 
-        Raises RefusedError, on all ranks, for a batch that does not fit; the pipeline is as it was.
+        Raises RefusedError, on all ranks, for a batch that does not fit, and with `on_nonfinite="stop"`
+        NonFiniteError if loss or gradients are not finite; the pipeline is as it was.
         """
         self._agreed(misfit(batch, self._specs, self.keys, self.plan.mini_batch))
         number = self.steps
         records = self._run("trains", lambda trainer: trainer.step(number, batch))
+        reason = reason_to_skip(self._one_trainer.verdict)
         self.steps += 1
-        record = records[0] if self.is_first else None
+        if reason is not None and self.is_first:
+            warnings.warn(f"{reason}. Nothing has moved in this step", RuntimeWarning, stacklevel=2)
         norm = next((t.norm for t in self._trainers.values() if t.norm is not None), None)
-        if record is None:
-            return StepResult(None, {}, norm, None)
-        return StepResult(record.loss, record.metrics, record.norm, record.seconds)
+        return step_result(records[0], norm, reason)
 
     def evaluate(self, batches: Iterable[Batch], *, averaged: bool = False) -> dict[str, float]:
         """Loss and metrics of the model in evaluation over all samples of the batches, of any sizes, each
@@ -212,7 +204,8 @@ class Pipeline:
         the background, after the last step too; on return that one is on disk.
 
         Raises RefusedError for batches of another size than the plan's, CheckpointError if one cannot be
-        written."""
+        written, and on all ranks NonFiniteError for a step that is not finite and is not to be skipped;
+        `steps` is then its number."""
         if batches.mini_batch != self.plan.mini_batch:
             raise RefusedError(
                 f"a step takes {self.plan.mini_batch} samples, the batches have {batches.mini_batch}: make "
@@ -245,6 +238,7 @@ class Pipeline:
             return made
 
         self.steps = self._run("trains", work)[0]
+        reason_to_skip(self._one_trainer.verdict)
 
     def evaluate_dataset(self, dataset: Dataset, *, averaged: bool = False) -> dict[str, float]:
         """`evaluate` over a data set; each rank reads its own rows and keys."""
@@ -282,6 +276,8 @@ class Pipeline:
         kept, self._outside, wrong = load(path, self._subject(), self._crew, self._states(), order)
         self._saving = None  # it has the values from outside of all stages
         self.steps, self._order = kept.manifest.step, kept.manifest.order
+        for trainer in self._trainers.values():
+            trainer.guard.skipped = kept.manifest.skipped
         return wrong
 
     def trace(self) -> Trace:
@@ -306,12 +302,12 @@ class Pipeline:
     @property
     def step_seconds(self) -> Sequence[float]:
         """The time of each step so far, on rank 0."""
-        return self._trainers[self._crew.mine[0]].measured.step_seconds
+        return self._one_trainer.measured.step_seconds
 
     @property
     def typical_seconds(self) -> float:
         """The median time of a step, on rank 0; not a number before the first."""
-        return self._trainers[self._crew.mine[0]].measured.typical
+        return self._one_trainer.measured.typical
 
     def peak_memory(self) -> list[int]:
         """Bytes that each rank's device has held at most: CUDA's allocator, or the process's resident memory
@@ -324,6 +320,11 @@ class Pipeline:
             return trainer.comm.all_gather_object(own)
 
         return self._run("compares memory", work)[0]
+
+    @property
+    def skipped(self) -> int:
+        """How many of the steps were skipped because they were not finite."""
+        return self._one_trainer.guard.skipped
 
     def close(self) -> None:
         """The end; called by all ranks."""
@@ -339,6 +340,11 @@ class Pipeline:
     ) -> None:
         if error is None:  # else others may not come
             self.close()
+
+    @property
+    def _one_trainer(self) -> Trainer:
+        """That of the first rank here."""
+        return self._trainers[self._crew.mine[0]]
 
     def _programs(self, rank: int, schedules: Sequence[Schedule]) -> list[StageProgram]:
         with explained(self.plan, rank):
@@ -358,7 +364,11 @@ class Pipeline:
     def _saver(self, checkpoints: Checkpoints) -> Saving:
         """The writers into a folder, ready: the same as long as it is asked for in the same way."""
         if self._saving is None or self._saving.checkpoints != checkpoints:
-            self._saving = Saving(checkpoints, self._subject(), self._crew, self._states())
+
+            def skipped(rank: int) -> int:
+                return self._trainers[rank].guard.skipped
+
+            self._saving = Saving(checkpoints, self._subject(), self._crew, self._states(), skipped)
         self._saving.begin(self.steps, self._order)
         return self._saving
 

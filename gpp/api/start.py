@@ -18,6 +18,7 @@ from gpp.program.build import Hooks
 from gpp.runtime.agreement import same
 from gpp.runtime.communicator import as_bytes
 from gpp.runtime.environment import local_rank
+from gpp.runtime.nonfinite import CHOICES, MAX_SKIPS, OnNonfinite
 from gpp.runtime.staging import OnDevice, Staging, host_staging
 from gpp.runtime.state import MakeOptimizer, MakeScheduler
 from gpp.runtime.watching import Rules
@@ -59,6 +60,8 @@ def pipeline(
     clip_norm: float | None = None,
     log_norm: bool = False,
     ema: float | None = None,
+    on_nonfinite: OnNonfinite | None = "stop",
+    max_skips: int = MAX_SKIPS,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     transport: Literal["host", "device"] = "host",
@@ -86,16 +89,18 @@ def pipeline(
     `silence`: seconds without a sign of life, of a rank or inside a call of all of them, after which the job
     is ended with a report of what each rank was at.
 
-    `clip_norm`, `log_norm` and `ema`: see `gpp.api.job.Training`. `hooks` rewrite and compile the stages.
-    `transport`: messages of CUDA devices go through pinned host memory, or with "device" straight to an MPI
-    that takes device memory (`launch.train transport=auto` finds out whether yours does). To accumulate
-    gradients over parts, give a step all of them: it goes through the pipeline by micro-batches anyway.
+    `clip_norm`, `log_norm`, `ema`, `on_nonfinite`, `max_skips`: see `gpp.api.job.Training`. `hooks` rewrite
+    and compile the stages. `transport`: messages of CUDA devices go through pinned host memory, or with
+    "device" straight to an MPI that takes device memory (`launch.train transport=auto` finds out whether
+    yours does). To accumulate gradients over parts, give a step all of them: it goes through the pipeline by
+    micro-batches anyway.
 
     Raises CaptureError, PlanError, ProgramError or DeviceMemoryError on the rank that fails and RefusedError
     with the same words on the others.
     """
     _check_names(precision, device, transport)
     _check_training(clip_norm, ema, schedule)
+    _check_nonfinite(on_nonfinite, max_skips)
     if plan is not None:
         _check_planned(
             planner=planner != "gpp",
@@ -111,9 +116,10 @@ def pipeline(
     crew = Crew(comm, count, comm)
     crew.comm.watch_by(Rules(silence))
     if not crew.alone:
-        asked = (mini_batch, clip_norm, log_norm, ema, precision, transport, seed, count, plan is None)
-        what = "mini_batch, clip_norm, log_norm, ema, precision, transport, seed, devices or plan"
-        same(crew.comm, f"pipeline's {what}", str(asked))
+        scalars = (mini_batch, clip_norm, log_norm, ema, on_nonfinite, max_skips)
+        asked = (*scalars, precision, transport, seed, count, plan is None)
+        what = "mini_batch, clip_norm, log_norm, ema, on_nonfinite, max_skips, precision, transport, seed"
+        same(crew.comm, f"pipeline's {what}, devices or plan", str(asked))
     target = crew.together(lambda: pick_device(device))
     staging = crew.together(lambda: staging_of(transport, target, comm))
     begun = model if isinstance(model, Initialised) else build_plain(lambda: model, seed)
@@ -130,8 +136,10 @@ def pipeline(
         clip_norm=clip_norm,
         log_norm=log_norm,
         ema=ema,
+        on_nonfinite=on_nonfinite,
+        max_skips=max_skips,
     )
-    wanted = clip_norm is not None or log_norm
+    wanted = clip_norm is not None or log_norm or on_nonfinite is not None
 
     def make() -> str:
         if plan is not None:
@@ -199,6 +207,15 @@ def _check_training(clip_norm: float | None, ema: float | None, schedule: Policy
         raise RefusedError(f"ema, the decay of the moving average, must be between 0 and 1, it is {ema}")
     if schedule is not None and not isinstance(schedule, Policy):
         raise RefusedError(f"schedule must be a gpp.plan.Policy, as Policy('1f1b'), it is {schedule!r}")
+
+
+def _check_nonfinite(choice: object, max_skips: object) -> None:
+    if choice not in (None, *CHOICES):
+        raise RefusedError(f"on_nonfinite must be one of {', '.join(CHOICES)}, or None, it is {choice!r}")
+    if not isinstance(max_skips, int) or max_skips < 1:
+        raise RefusedError(
+            f"max_skips, how many steps in a row may be skipped, must be at least 1, it is {max_skips!r}"
+        )
 
 
 def _check_planned(**given: bool) -> None:

@@ -56,7 +56,8 @@ class Order:
 class Manifest:
     """A whole checkpoint. `step` is how many steps were made, of `mini_batch` samples each, so it is also the
     position in the data; `seed` keys all random numbers. `ema` is the decay of `averages`, `order` that of
-    the data set that was trained on, None where it is not known."""
+    the data set that was trained on, None where it is not known.
+    `skipped` of the steps were not finite: weights and learning rates did not move in them."""
 
     step: int
     mini_batch: int
@@ -64,6 +65,7 @@ class Manifest:
     ema: float | None
     part: Part
     order: Order | None = None
+    skipped: int = 0
 
     @property
     def bytes(self) -> int:
@@ -125,6 +127,7 @@ def manifest_from_json(text: str, where: Path) -> Manifest:
         place.number("ema"),
         _part(place.inside("part")),
         _order(place.inside("order")),
+        place.whole("skipped") if "skipped" in content else 0,
     )
 
 

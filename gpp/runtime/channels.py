@@ -111,6 +111,15 @@ class Channels:
         return value.clone(memory_format=torch.contiguous_format) if lent else value.contiguous()
 
 
+def apart(stash: Sequence[Tensor], gradients: Sequence[Held]) -> list[Tensor]:
+    """The tensors, those that are views of the gradients' buffers copied: these are given back before the
+    weight half runs."""
+    if not stash:
+        return []
+    lent = {view.untyped_storage().data_ptr() for held in gradients for view in held.views}
+    return [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in stash]
+
+
 def _as_they_lie(parts: Sequence[Held]) -> Sequence[Tensor] | None:
     """The values of messages that lie one after the other in a landing, and are all of it."""
     channels = [part.channel for part in parts]

@@ -103,6 +103,7 @@ class EmulatedState:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     norm: float | None = None
     learning_rate: float | None = None
+    checks_finite: bool = False
 
     def reach(self, stage: int, found: Sequence[bool]) -> None:
         """There is nothing to remember."""
@@ -112,9 +113,17 @@ class EmulatedState:
         self.slots.gather(comm, group, [0.0])
         wait(self.reductions[stage, shared])
 
-    def gather_norms(self, comm: Communicator, group: tuple[int, ...]) -> None:
+    def begin(self) -> None:
+        """There is nothing to remember."""
+
+    def undo(self) -> tuple[str, ...]:
+        """There is nothing to undo."""
+        return ()
+
+    def gather_norms(self, comm: Communicator, group: tuple[int, ...], *, finite_loss: bool = True) -> bool:
         """Meet the group."""
         self.slots.gather(comm, group, [0.0])
+        return True
 
     def scale(self, weight: float) -> None:
         """There is nothing to divide."""

@@ -5,10 +5,11 @@ is done. Only this loop talks to the communicator. What an instruction reaches f
 `binding`): the loop only follows numbers.
 """
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import assert_never
 
@@ -17,18 +18,19 @@ import torch
 from torch import Tensor
 
 from gpp.plan import Plan
-from gpp.program.stage import ForwardResult, StageProgram, TermSum
+from gpp.program.stage import ForwardResult, StageProgram, TermSum, TrainFunctions
 from gpp.schedule.task import Pass, Reduce, Reduction, Schedule, Update
-from gpp.trace import Activity, Span
+from gpp.trace import Span
 
 from .binding import Arrival, Bound, Call, Departure, bind
-from .channels import Channels, Held
+from .channels import Channels, Held, apart
 from .communicator import Communicator
 from .instruction_text import instruction_text
 from .rank_state import RankState
 from .reduce import Slots
 from .results import Prediction, local_weight
 from .schedules import pieces_of
+from .spans import span
 from .staging import Staging, host_staging
 
 Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
@@ -36,11 +38,13 @@ Batch = Mapping[str, Tensor]  # this rank's rows of its batch keys, ascending
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a rank knows after a step: its terms (name to (start, stop, value)), and the global norm."""
+    """What a rank knows after a step: its terms (name to (start, stop, value)), and the global norm.
+    `nonfinite`: the step was undone, on all ranks; of the gradients here these are not finite."""
 
     terms: Mapping[str, list[tuple[int, int, float]]]
     norm: float | None
     predictions: Sequence[Prediction] = ()
+    nonfinite: tuple[str, ...] | None = None
 
 
 class Executor:
@@ -103,10 +107,12 @@ class Executor:
         """Run the program once. `step` keys random numbers; `batch` holds this rank's rows. With `predict`
         the predictions of its stages are kept."""
         run = _Step(self, batch, self._positions_at(step), predict=predict)
+        nonfinite = None
         doing = self.comm.doing
         doing.step, doing.describe = step, self._text
         first, self._runs = self._runs == 0, self._runs + 1
         with torch.no_grad(), doing.slow_start() if first else nullcontext():
+            run.begin()
             if record:
                 self._record(run, step)
             else:
@@ -114,7 +120,27 @@ class Executor:
                     doing.now(instruction)
                     run.execute(instruction)
             run.release()
-        return StepOutcome(run.numbers(), run.norm, run.predictions)
+            if not run.is_finite():
+                nonfinite = self.own_state.undo()
+        return StepOutcome(run.numbers(), run.norm, run.predictions, nonfinite)
+
+    def replay(self, step: int, batch: Batch, functions: Callable[[Call], TrainFunctions]) -> None:
+        """The passes and messages of a step that was undone once more, by these functions, without sums over
+        ranks and update; in the end that is undone too."""
+        run = _Step(self, batch, self._positions_at(step), predict=False)
+        with torch.no_grad():
+            for instruction in self.program.instructions:
+                self.comm.doing.now(instruction)
+                match instruction:
+                    case Call():
+                        run.execute(replace(instruction, functions=functions(instruction)))
+                    case Arrival() | Departure():
+                        run.execute(instruction)
+                    case _:
+                        pass
+            run.release()
+            if self.state is not None:
+                self.state.undo()
 
     def _record(self, run: "_Step", step: int) -> None:
         stage = next(iter(self.stages), -1)
@@ -125,7 +151,7 @@ class Executor:
             stop = time.perf_counter()
             if len(self.stages) > 1:  # what is not a pass belongs to the one that ran last
                 stage = run.stage
-            self.spans.append(_span(instruction, start, stop, self.comm.rank, stage, step))
+            self.spans.append(span(instruction, start, stop, self.comm.rank, stage, step))
 
 
 @dataclass(slots=True)
@@ -156,6 +182,7 @@ class _Step:
         self.stage = -1  # of the last pass
         self.weight: float | None = None
         self.scaled = False
+        self.finite: bool | None = None  # on all ranks, once that is known
 
     def execute(self, instruction: Bound) -> None:
         if isinstance(instruction, Departure):
@@ -195,7 +222,7 @@ class _Step:
             case Pass.BACKWARD_INPUT:
                 gradients = self.backward_input(call)
                 piece = self.piece(call)
-                piece.stash = _apart(piece.stash, gradients)
+                piece.stash = apart(piece.stash, gradients)
                 self.used = gradients
             case Pass.BACKWARD_WEIGHT:
                 self.backward_weight(call)
@@ -297,6 +324,7 @@ class _Step:
     def numbers(self) -> dict[str, list[tuple[int, int, float]]]:
         """The terms so far. Only now the host waits for a device that computes them."""
         found: dict[str, list[tuple[int, int, float]]] = {}
+        self.terms = [(name, start, stop, float(term)) for name, start, stop, term in self.terms]
         for name, start, stop, term in self.terms:
             found.setdefault(name, []).append((start, stop, float(term)))
         return found
@@ -311,8 +339,7 @@ class _Step:
                 parts = owner.slots.gather(owner.comm, instruction.group, [weight])
                 self.weight = sum(part[0] for part in parts)
             case Reduction.NORM:
-                self.scale()
-                state.gather_norms(owner.comm, instruction.group)
+                self.agree(instruction.group)
             case _:
                 assert_never(instruction.what)
 
@@ -327,52 +354,40 @@ class _Step:
             local = self.weight if self.weight is not None else local_weight(self.owner.loss, self.numbers())
             self.owner.state.scale(local)
 
+    def begin(self) -> None:
+        """Before the first instruction."""
+        if self.owner.state is not None and not self.owner.schedule.forward_only:
+            self.owner.state.begin()
+
+    def agree(self, group: tuple[int, ...]) -> None:
+        """What all ranks must know before they update."""
+        self.scale()
+        state, names = self.owner.own_state, {name for name, _ in self.owner.loss.terms}
+        finite = not state.checks_finite or all(
+            math.isfinite(value)
+            for name, values in self.numbers().items()
+            for _, _, value in values
+            if name in names
+        )
+        self.finite = state.gather_norms(self.owner.comm, group, finite_loss=finite)
+
+    def is_finite(self) -> bool:
+        """Whether losses and gradients are, on all ranks; True where nobody checks."""
+        state = self.owner.state
+        if self.finite is None and state is not None and state.checks_finite:
+            if not self.owner.schedule.forward_only:
+                self.agree((self.owner.comm.rank,))  # no other has a stage
+        return self.finite is not False
+
     def update(self) -> None:
         """The optimizer's step, one for all stages of the rank."""
         self.scale()
         state = self.owner.own_state
-        self.norm = state.update()
-        state.spread(self.owner.comm)
-
-
-def _span(instruction: Bound, start: float, stop: float, rank: int, stage: int, step: int) -> Span:
-    samples, edge = None, -1
-    match instruction:
-        case Arrival():
-            activity, label = Activity.WAIT, "recv"
-        case Departure():
-            activity, label = Activity.SEND, "send"
-        case Call():
-            activity, label = Activity.COMPUTE, instruction.task.kind.value
-            samples, stage = instruction.task.samples, instruction.task.stage
-        case Reduce():
-            activity, label = Activity.REDUCE, f"reduce {instruction.what.value}"
-        case Update():
-            activity, label = Activity.UPDATE, "update"
-        case _:
-            assert_never(instruction)
-    if isinstance(instruction, Arrival | Departure):
-        samples, edge = instruction.transfer.samples, instruction.transfer.edge
-    return Span(
-        rank=rank,
-        activity=activity,
-        label=label,
-        start=start,
-        stop=stop,
-        stage=stage,
-        samples=(samples.start, samples.stop) if samples is not None else None,
-        edge=edge,
-        step=step,
-    )
-
-
-def _apart(stash: Sequence[Tensor], gradients: Sequence[Held]) -> list[Tensor]:
-    """The tensors, those that are views of the gradients' buffers copied: these are given back before the
-    weight half runs."""
-    if not stash:
-        return []
-    lent = {view.untyped_storage().data_ptr() for held in gradients for view in held.views}
-    return [t.clone() if t.untyped_storage().data_ptr() in lent else t for t in stash]
+        if self.is_finite():
+            self.norm = state.update()
+            state.spread(self.owner.comm)
+        else:
+            self.norm = state.norm
 
 
 def _sum(gradients: Sequence[Tensor]) -> Tensor:

@@ -46,8 +46,18 @@ class RankState(Protocol):
     def reduce(self, comm: Communicator, group: tuple[int, ...], stage: int, shared: int) -> None:
         """Sum a stage's gradients, or those of a tied group, over `group`."""
 
-    def gather_norms(self, comm: Communicator, group: tuple[int, ...]) -> None:
-        """Learn the norms of all ranks' gradients."""
+    @property
+    def checks_finite(self) -> bool:
+        """Whether a step whose loss or gradients are not finite is to be undone."""
+
+    def begin(self) -> None:
+        """Before a training step."""
+
+    def gather_norms(self, comm: Communicator, group: tuple[int, ...], *, finite_loss: bool = True) -> bool:
+        """Learn the norms of all ranks' gradients, and whether all is finite on all ranks."""
+
+    def undo(self) -> tuple[str, ...]:
+        """Leave the step out. Returns the parameters whose gradients are not finite."""
 
     def scale(self, weight: float) -> None:
         """Divide the gradients."""

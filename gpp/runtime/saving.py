@@ -95,7 +95,7 @@ def _optimizer(
 def restore(
     state: StageState, kept: Kept, keys: Mapping[str, str], hidden: Sequence[str] = (), *, steps: int
 ) -> None:
-    """Give a rank's stages what the checkpoint has of them, after `steps` steps. `keys`, `hidden`: see
+    """Give a rank's stages what the checkpoint has of them, after `steps` updates. `keys`, `hidden`: see
     `Shares`.
 
     Raises CheckpointError for a name that is not there, another shape, and another optimizer's state.

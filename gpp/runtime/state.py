@@ -17,6 +17,7 @@ from gpp.plan import StageGraph
 from gpp.program.stage import StageProgram
 
 from .communicator import Communicator
+from .finite import FiniteCheck, is_finite
 from .reduce import MakeSum, OrderedSum, Slots, Sum
 from .sharding import HandRound, share_out
 
@@ -44,6 +45,8 @@ class StageState:
     class of torch.optim. `rank` is needed where the plan shares the optimizer's state out over replicas.
     `scheduler` makes what changes the learning rates: on every rank, also where the stages learn nothing.
     `ema` is the decay of the parameters' moving average, `averages`, which starts from the initial values.
+    With `check_finite` all ranks know before an update whether losses and gradients are finite, and can leave
+    a step out.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class StageState:
         *,
         scheduler: MakeScheduler | None = None,
         ema: float | None = None,
+        check_finite: bool = False,
     ) -> None:
         self.clipping = clipping
         learns = {
@@ -105,6 +109,10 @@ class StageState:
         self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
         self.ema = ema
         self.averages = {n: data[n].clone() for n in self.trainable} if ema is not None else {}
+        written = {name: self.buffers[name] for program in programs for name in program.written}
+        self._check = (
+            FiniteCheck([flat.memory for flat in self._flats.values()], written) if check_finite else None
+        )
 
     def reach(self, stage: int, found: Sequence[bool]) -> None:
         """Which of the stage's trainable parameters have had a gradient added to their sums; the others are
@@ -136,18 +144,48 @@ class StageState:
             if name in self._reached
         }
 
-    def gather_norms(self, comm: Communicator, group: tuple[int, ...]) -> None:
-        """Every rank's norms, each parameter's once: replicas and tied copies have the same gradient."""
-        assert self.clipping is not None
-        mine = self.norms()
-        slots = [mine.get(name, ABSENT) for name in self.clipping.names]
+    @property
+    def checks_finite(self) -> bool:
+        """Whether a step that is not finite is to be undone."""
+        return self._check is not None
+
+    def begin(self) -> None:
+        """Before a training step: remember what it changes before anybody knows how it ends."""
+        if self._check is not None:
+            self._check.begin()
+
+    def undo(self) -> tuple[str, ...]:
+        """Leave the step out, in place of an update. Returns the parameters whose gradients are not finite:
+        on each rank, of its own."""
+        wrong = tuple(name for name, gradient in self.gradients.items() if not is_finite(gradient))
+        for flat in self._flats.values():
+            flat.memory.zero_()
+        self._norms = None
+        if self._check is not None:
+            self._check.undo()
+        return wrong
+
+    def gather_norms(self, comm: Communicator, group: tuple[int, ...], *, finite_loss: bool = True) -> bool:
+        """Every rank's norms, each parameter's once: replicas and tied copies have the same gradient. Returns
+        whether losses, gradients and their norm are finite on all ranks; True where nobody checks."""
+        names = () if self.clipping is None else self.clipping.names
+        mine = {} if self.clipping is None else self.norms()
+        slots = [mine.get(name, ABSENT) for name in names]
+        if self._check is not None:
+            norms = mine.values()
+            finite = all(map(math.isfinite, norms)) if self.clipping is not None else self._check.is_finite()
+            slots.append(float(finite_loss and finite))
         gathered = self._slots.gather(comm, group, slots)
+        good = self._check is None or all([row.pop() for row in gathered])  # a list: all are popped
+        if self.clipping is None:
+            return good
         self._norms = {}
-        for name, column in zip(self.clipping.names, zip(*gathered, strict=True), strict=True):
+        for name, column in zip(names, zip(*gathered, strict=True), strict=True):
             owned = [norm for norm in column if norm != ABSENT]  # not a number counts: it must not be hidden
             if owned:
                 self._norms[name] = owned[0]
         self.norm = float(self._total(self._norms))
+        return good and (self._check is None or math.isfinite(self.norm))
 
     def update(self) -> float | None:
         """Clip, step, and clear the gradients. Returns the global norm if it was asked for."""

@@ -17,13 +17,14 @@ from gpp.trace import Span, Trace
 
 from .communicator import Communicator
 from .data import Batches, Dataset, evaluation_batches
-from .executor import Batch, Executor
+from .executor import Batch, Executor, StepOutcome
 from .gathering import gathered
 from .neighbors import check_neighbors
+from .nonfinite import Guard, Policy, Verdict
 from .prefetch import Prefetcher
 from .rank_state import RankState
 from .reports import COLLECTOR, Reports
-from .results import Total, add_up, check_labels, combine
+from .results import Terms, Total, add_up, check_labels, combine
 from .schedules import Schedules
 from .staging import Staging
 
@@ -42,6 +43,7 @@ class StepRecord:
     metrics: Mapping[str, float]
     norm: float | None
     learning_rate: float | None
+    verdict: Verdict | None = None  # of a step that is not finite, in which nothing has moved
 
 
 @dataclass
@@ -66,7 +68,8 @@ class Measured:
 class Trainer:
     """One rank's part of a run. All ranks make it and call its methods together.
 
-    `programs` are those of the rank's stages; on an idle rank there are none, and `state` is None.
+    `programs` are those of the rank's stages; on an idle rank there are none, and `state` is None. `policy`
+    is for steps that are not finite (None: `state` does not look); `verdict` is that of the last step.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Trainer:
         evaluate: Results,
         device: torch.device,
         staging: Staging | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.comm = comm
         self.plan = plan
@@ -91,6 +95,8 @@ class Trainer:
         self.staging = staging
         self.programs = programs
         self.measured = Measured()
+        self.guard = Guard(comm, plan, programs, train.loss, policy)
+        self.verdict: Verdict | None = None
         self._spans: list[Span] = []
         self._zero = 0.0
         check_neighbors(comm, plan.stage_graph, lowered.train, [p.train for p in programs])
@@ -134,9 +140,10 @@ class Trainer:
         between: Callable[[int], None] = lambda _: None,
     ) -> int:
         """Train steps [start, stop); `on_step` is called on rank 0 after each. Returns `stop`, or the step
-        before which all ranks stopped because one was asked to. The last TRACED_STEPS steps are recorded if
-        `trace`. Data are read up to `prefetch` steps ahead. `between` is called on every rank
-        when a step is over, with the number of steps made so far."""
+        before which all ranks stopped because one was asked to, or that was not finite and ended training.
+        The last TRACED_STEPS steps are recorded if `trace`. Data are read up to `prefetch` steps ahead.
+        `between` is called on every rank when a step is over, with the number of steps made so far."""
+        self.verdict = None
         doing, halt, planned = self.comm.doing, self.comm.halt, stop
         if start >= stop:
             return start
@@ -159,13 +166,16 @@ class Trainer:
                 outcome = runner.executor.run(step, batch, record=trace and step >= stop - TRACED_STEPS)
                 doing.now("brings losses together")
                 terms = runner.reports.exchange(outcome)
+                verdict = self._judge(step, batch, outcome, terms, stop - step - 1)
                 if self.comm.rank == COLLECTOR:
                     now = time.perf_counter()
                     seconds, before = now - before, now
                     self.measured.step_seconds.append(seconds)
                     on_step(self._record(step, terms, seconds))
-                if self.state is not None:
-                    self.state.advance()
+                if verdict is not None and verdict.ends:
+                    stop = step
+                    break
+                self._advance()
                 doing.now("between two steps")
                 between(step + 1)
         doing.now("waits until its last messages have left")
@@ -187,9 +197,9 @@ class Trainer:
         outcome = runner.executor.run(number, own, record=True)
         self.comm.doing.now("brings losses together")
         terms = runner.reports.exchange(outcome)
+        self._judge(number, own, outcome, terms, 0)
         runner.close()
-        if self.state is not None:
-            self.state.advance()
+        self._advance()
         spans = runner.executor.spans
         spans[:] = [span for span in spans if span.step > number - TRACED_STEPS]
         self._spans = spans
@@ -198,6 +208,21 @@ class Trainer:
         seconds = time.perf_counter() - before
         self.measured.step_seconds.append(seconds)
         return self._record(number, terms, seconds)
+
+    def _judge(
+        self, step: int, batch: Batch, outcome: StepOutcome, terms: Terms, left: int
+    ) -> Verdict | None:
+        """The verdict on a step, of a stretch with so many left."""
+        results, samples = self.train_results.loss, self.plan.mini_batch
+        self.verdict = self.guard.judge(
+            self._train.executor, step, batch, outcome, lambda: combine(results, terms, samples), left
+        )
+        return self.verdict
+
+    def _advance(self) -> None:
+        """The learning rates of the next step; a step in which nothing moved leaves them too."""
+        if self.state is not None and self.verdict is None:
+            self.state.advance()
 
     def _own(self, runner: "_Runner", batch: Batch) -> Batch:
         """The rank's rows and keys of a batch, on its device."""
@@ -271,6 +296,7 @@ class Trainer:
             metrics={m.name: combine(m, terms, samples).mean for m in self.train_results.metrics},
             norm=None if state is None else state.norm,
             learning_rate=None if state is None else state.learning_rate,
+            verdict=self.verdict,
         )
 
     def evaluate(self, dataset: Dataset, *, averaged: bool = False) -> dict[str, float]:
