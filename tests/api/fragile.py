@@ -1,5 +1,7 @@
 """A model that breaks in as many ways as its batch says, in stages and on replicas as a test wants it."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,6 +64,23 @@ def rows(count: int = 8, seed: int = 0, **broken: tuple[int, float]) -> dict[str
     for key, (row, value) in broken.items():
         made[key][row] = value
     return made
+
+
+class Bad:
+    """A data set whose `wrong` samples are not finite."""
+
+    keys = ("x", "mask", "scale", "shift", "heat", "y")
+
+    def __init__(self, wrong: tuple[int, ...]) -> None:
+        self.all = rows(32)
+        for index in wrong:
+            self.all["x"][index] = math.nan
+
+    def __len__(self) -> int:
+        return 32
+
+    def read(self, indices, keys) -> dict[str, Tensor]:
+        return {key: self.all[key][list(indices)] for key in keys}
 
 
 def in_stages(

@@ -25,7 +25,9 @@ def main() -> None:
             assert all(text.startswith("rank ") and "key '" in text for text in said[0]), said[0]
             scenes.unequal_batches(comm.rank)
             scenes.unequal_arguments(comm.rank)
-            names += ["refusals", "unequal"]
+            said = comm.all_gather_object(scenes.steps_left_out(comm.rank))
+            assert said == said[:1] * 3, said
+            names += ["refusals", "unequal", "left-out"]
         if comm.size == 4:
             scenes.predictions_in_order((2, 1, 1))
             scenes.planned_by_arguments()

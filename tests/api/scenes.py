@@ -1,7 +1,9 @@
 """What holds of a pipeline alone and on the ranks of an MPI job: each scene is run by all ranks together."""
 
+import math
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from gpp.api.start import pipeline
 from gpp.capture.capture import Captured
 from gpp.plan import Plan
 from gpp.runtime.agreement import DisagreementError
+from gpp.runtime.data import Batches
+from gpp.runtime.nonfinite import NonFiniteError
 from tests.equality.cases import CASES, Case
 from tests.equality.harness import (
     STEPS,
@@ -25,6 +29,9 @@ from tests.equality.harness import (
 )
 from tests.equality.models import batch
 
+from .fragile import Bad, fragile
+from .fragile import in_stages as in_pieces
+from .fragile import rows as fragile_rows
 from .models import adam, expected, in_stages, ranked, rows
 
 EQUAL = {  # names of cases by the ranks that they need
@@ -186,3 +193,27 @@ def planned_by_arguments() -> None:
             assert len(pipe.peak_memory()) == trace.ranks
         else:
             pipe.peak_memory()
+
+
+def steps_left_out(rank: int) -> list[str]:
+    """A step that is not finite is skipped, in a stretch too, or ends it, on all ranks, also without work."""
+    said = []
+    bad, good = fragile_rows(8, 0, shift=(5, -9.0)), fragile_rows(8)
+    stages = ("base", "a"), ("",)
+    with in_pieces(fragile(), *stages, on_nonfinite="skip") as pipe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said.append(pipe.step(bad).skipped or "")
+        pipe.fit(Bad((3, 20)), Batches(32, 8, 0), 8)
+        assert pipe.skipped > 2
+        loss = pipe.step(good).loss
+        assert (loss is not None and math.isfinite(loss)) == (rank == 0)
+    with in_pieces(fragile(), *stages, clip_norm=1.0) as pipe:
+        with pytest.raises(NonFiniteError) as error:
+            pipe.step(bad)
+        said.append(str(error.value))
+        with pytest.raises(NonFiniteError, match="key 'x' of the batch holds NaN"):
+            pipe.fit(Bad((3, 20)), Batches(32, 8, 0), 8)
+        assert pipe.step(good).skipped is None
+    assert all("aten.log.default" in text for text in said), said
+    return said

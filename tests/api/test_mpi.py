@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.mpi,
     pytest.mark.skipif(why_no_mpi() is not None, reason=why_no_mpi() or ""),
 ]
-MORE = {3: ("refusals", "unequal"), 4: ("predictions",)}
+MORE = {3: ("refusals", "unequal", "left-out"), 4: ("predictions",)}
 
 
 @pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=thorough)])

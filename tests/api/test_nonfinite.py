@@ -16,7 +16,7 @@ from gpp.runtime.data import Batches
 from gpp.runtime.nonfinite import NonFiniteError
 from tests.thorough import thorough
 
-from .fragile import Weighted, fragile, in_stages, rows
+from .fragile import Bad, Weighted, fragile, in_stages, rows
 
 DIAMOND = (("base", "norm"), ("a",), ("b",), ("",))
 LAYOUTS = {
@@ -143,23 +143,6 @@ def test_sums_that_overflow_where_no_operator_does() -> None:
             batch["w"][[0, 2 if case else 4]] = 3e38
             with pytest.raises(NonFiniteError, match=words):
                 pipe.step(batch)
-
-
-class Bad:
-    """A data set whose `wrong` samples are not finite."""
-
-    keys = ("x", "mask", "scale", "shift", "heat", "y")
-
-    def __init__(self, wrong: tuple[int, ...]) -> None:
-        self.all = rows(32)
-        for index in wrong:
-            self.all["x"][index] = math.nan
-
-    def __len__(self) -> int:
-        return 32
-
-    def read(self, indices, keys) -> dict[str, Tensor]:
-        return {key: self.all[key][list(indices)] for key in keys}
 
 
 def trained(folder: Path | None, until: int, begin: int = 0, **more) -> tuple[Pipeline, list[float]]:

@@ -63,6 +63,16 @@ class MyData(torch.utils.data.Dataset):
         return {"a": a, "b": b, "y": a.sum() - b[0]}
 
 
+class Broken(MyData):
+    """A part of its samples is not a number."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index > 3 and index % 3 == 0:
+            sample["b"][3] = float("nan")
+        return sample
+
+
 class Tuples(MyData):
     def __getitem__(self, index):
         return tuple(super().__getitem__(index).values())

@@ -19,9 +19,10 @@ from .my_package import MyData, MyNet
 needs_mpi = [pytest.mark.mpi, pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))]
 TINY = (*MINE, *SLOW, "train.steps=3", "train.mini_batch=16", "planner=sequential")
 TWO = (*TINY, "train.micro_batch=4", "cluster.devices=2")
+BROKEN = (*TWO, "data._target_=my_package.Broken")
 RESULT_KEYS = {
     *("world_size", "steps", "final_loss", "eval", "predicted_step_seconds", "measured_step_seconds"),
-    *("planner_seconds", "peak_memory_bytes"),
+    *("planner_seconds", "peak_memory_bytes", "skipped_steps"),
 }
 METRIC_KEYS = {"step", "loss", "step_seconds", "samples_per_second", "lr"}
 FILES = {"plan.json", "graph.json", "trace.json", "metrics.jsonl", "result.json", "config.yaml"}
@@ -44,6 +45,7 @@ LINES = {
     "triton": into("triton", *TWO, "kernels=triton"),
     "auto": into("auto", *TWO, "kernels=auto"),
     "recorded": into("recorded", *TWO, "train.init=recorded"),
+    "skips": into("skips", *BROKEN, "train.on_nonfinite=skip", "train.max_skips=3", "kernels=triton"),
     "untrained": into("untrained", *TWO, "train.steps=0"),
     "nothing held out": into("all", *TWO, "train.held_out=0"),
     "one device": into("one", *TWO, "cluster.devices=1"),
@@ -68,6 +70,8 @@ MPI_LINES = {
     "model": into("mpi_nope", "model=nope"),
     "steps": into("mpi_steps", "train.steps=-1"),
     "capture": into("mpi_capture", *TINY, "model._target_=my_package.Branching"),
+    "not finite": into("mpi_broken", *BROKEN),
+    "no such choice": into("mpi_choice", *BROKEN, "train.on_nonfinite=ignore"),
     "simulate": ["simulate", "plan=tiny/plan.json", "hydra.run.dir=mpi_simulate"],
     "plan": ["plan", *TWO, "hydra.run.dir=mpi_plan"],
     "help": ["train", "--help"],
@@ -127,7 +131,7 @@ def test_the_default_experiment(folder: Path, done: dict[str, Result]) -> None:
 
 
 def test_a_users_own_module_and_data(folder: Path, done: dict[str, Result]) -> None:
-    assert "2 stages" in done["tiny"].passed()
+    assert "depth 2, mini-batch 16, micro-batch 4" in done["tiny"].passed()
     check_folder(folder / "tiny", 2, {"mae"})
     assert losses(folder / "tuples") == losses(folder / "named") == losses(folder / "tiny")
     assert "idle devices: 1-3" in done["argument"].passed()
@@ -158,6 +162,16 @@ def test_choices_change_what_they_should(folder: Path, done: dict[str, Result]) 
     norms = [line["grad_norm"] for line in read(folder / "clipped", "metrics.jsonl")]
     assert all(norm > 0.1 for norm in norms)
     assert "schedule gpipe" in done["gpipe"].out
+
+
+def test_steps_that_are_not_finite_are_counted(folder: Path, done: dict[str, Result]) -> None:
+    out = done["skips"].passed()
+    assert out.count("skipped step ") == 3 and "key 'b' of the batch holds NaN" in out
+    lines = read(folder / "skips", "metrics.jsonl")
+    assert [(line["loss"], line["skipped"]) for line in lines] == [(None, True)] * 3
+    assert "skipped" not in read(folder / "tiny", "metrics.jsonl")[0]
+    found = [read(folder / name, "result.json")["skipped_steps"] for name in ("tiny", "skips")]
+    assert found == [0, 3]
 
 
 def test_plans_replay_and_are_made_alike(folder: Path, done: dict[str, Result]) -> None:
@@ -236,6 +250,9 @@ class TestUnderMpi:
             ("model", "Could not find 'model/nope'; Available options in 'model': candle_uno"),
             ("steps", "train.steps must be a whole number of at least 0, it is -1"),
             ("capture", "cannot be captured in module 'inner'"),
+            ("no such choice", "train.on_nonfinite must be stop, skip or null, it is 'ignore'"),
+            ("not finite", "step 0: the loss is nan and the gradients of "),
+            ("not finite", "It began here: key 'b' of the batch holds NaN in sample"),
         ],
     )
     def test_one_message_ends_all_ranks(self, name: str, message: str, mpi_done: dict[str, Result]) -> None:
