@@ -103,7 +103,7 @@ def described(culprits: Culprits, graph: StageGraph) -> str | None:
             elif isinstance(before, Given):
                 text += f", of the {before.what} {before.name}"
     if (later := culprits.became(root)) is not None:
-        text += f"; no number was made of it by {_operator(later)}, {where(later.place)}"
+        text += f"; it became NaN in {_operator(later)}, {where(later.place)}"
     return text
 
 
