@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
@@ -18,8 +18,8 @@ from gpp.planner.options import Options
 
 from .problems import Collected, SettingsError
 
+T = TypeVar("T", bound=str | None)
 OnNonfinite = Literal["stop", "skip"]
-ON_NONFINITE: tuple[OnNonfinite, ...] = ("stop", "skip")
 
 MOST = (1 << 63) - 1  # of whole numbers, torch's own bound
 LARGEST = 1e30  # of other numbers: products of a few are finite
@@ -170,12 +170,14 @@ def number(config: DictConfig, key: str, *, above: float | None = None, least: f
     return float(value)
 
 
-def choice(config: DictConfig, key: str, known: Sequence[str]) -> str:
-    """One of some words."""
+def choice(config: DictConfig, key: str, known: Sequence[T]) -> T:
+    """One of some words, of which null may be one."""
     value = OmegaConf.select(config, key)
-    if value not in known:
-        raise SettingsError(f"{key} must be one of {', '.join(known)}, it is {value!r}")
-    return str(value)
+    for word in known:
+        if value == word:
+            return word
+    words = ", ".join("null" if word is None else str(word) for word in known)
+    raise SettingsError(f"{key} must be one of {words}, it is {value!r}")
 
 
 def train_settings(config: DictConfig) -> TrainSettings:
@@ -198,7 +200,7 @@ def train_settings(config: DictConfig) -> TrainSettings:
             clip_norm=None if clip is None else read(number, config, "train.clip_norm", above=0.0),
             log_norm=read(_switch, config, "train.log_norm"),
             ema=read(_decay, config),
-            on_nonfinite=read(_on_nonfinite, config),
+            on_nonfinite=read(choice, config, "train.on_nonfinite", ("stop", "skip", None)),
             max_skips=read(whole, config, "train.max_skips", 1),
             held_out=read(_share, config, "train.held_out"),
             log_every=read(whole, config, "train.log_every", 1),
@@ -279,16 +281,6 @@ def _switch(config: DictConfig, key: str) -> bool:
     if not isinstance(value, bool):
         raise SettingsError(f"{key} must be true or false, it is {value!r}")
     return value
-
-
-def _on_nonfinite(config: DictConfig) -> OnNonfinite | None:
-    value = OmegaConf.select(config, "train.on_nonfinite")
-    for known in ON_NONFINITE:
-        if value == known:
-            return known
-    if value is not None:
-        raise SettingsError(f"train.on_nonfinite must be stop, skip or null, it is {value!r}")
-    return None
 
 
 def _decay(config: DictConfig) -> float | None:
