@@ -181,7 +181,7 @@ def test_a_run_that_skips_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp
 
 def test_a_run_that_stops_keeps_its_checkpoints(tmp_path: Path) -> None:
     wrong = int(Batches(32, 8, 0).at(3)[0])
-    with pytest.raises(NonFiniteError, match="step 3: .*key 'x' of the batch holds NaN in sample 0 of"):
+    with pytest.raises(NonFiniteError, match=r"step 3: .*key 'x' of the batch holds NaN in sample 0 of"):
         trained(tmp_path, 8, wrong=(wrong,))
     kept, _ = newest(tmp_path)
     assert kept is not None and kept.manifest.step == 3
