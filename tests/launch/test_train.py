@@ -1,5 +1,6 @@
 """Real runs of the commands, in one process and under mpirun; several checks on the output of each."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
