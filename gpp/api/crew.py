@@ -63,10 +63,7 @@ class Crew:
         try:
             return [work(self.comm)]
         except SystemExit as problem:
-            raise RuntimeError(
-                f"something called sys.exit({problem.code!r}) while other ranks wait for this one: an "
-                "exception would say why"
-            ) from problem
+            raise _left(problem) from problem
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """`make()` on rank 0 alone, whose value or exception every process gets."""
@@ -104,6 +101,8 @@ class Crew:
         error: Exception | None = None
         try:
             value = make()
+        except SystemExit as problem:
+            error = _left(problem)
         except Exception as problem:
             error = problem
         first = agree(self.comm, None if error is None else f"{error}" or type(error).__name__)
@@ -112,6 +111,14 @@ class Crew:
         if first is not None:
             raise RefusedError(first)
         return value
+
+
+def _left(problem: SystemExit) -> RuntimeError:
+    """The error that it is to leave where other ranks wait."""
+    return RuntimeError(
+        f"something called sys.exit({problem.code!r}) while other ranks wait for this one: an exception "
+        "would say why"
+    )
 
 
 def threads_of_a_rank(ranks_here: int) -> int:

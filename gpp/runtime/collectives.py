@@ -79,11 +79,11 @@ class Collectives(ABC):
     def broadcast_object(self, make: Callable[[], Any], root: int = 0) -> Any:
         """See `Communicator`. Along a binomial tree; a failure of `make` travels in place of its result."""
         position = (self.rank - root) % self.size
-        failure: Exception | None = None
+        failure: Exception | SystemExit | None = None
         if position == 0:
             try:
                 message = pickle.dumps((True, make()))
-            except Exception as error:  # whatever it is, the others must not wait for ever
+            except (Exception, SystemExit) as error:  # whatever it is, the others must not wait for ever
                 failure = error
                 message = pickle.dumps((False, f"{type(error).__name__}: {error}"))
         span = 1

@@ -303,8 +303,9 @@ class MpiCommunicator(Collectives):
 
     def close(self) -> None:
         """Give the communicator back, once nothing is under way; called by all ranks."""
+        with self.doing.inside("waits for all ranks to close"):
+            self.barrier()
         left(self.doing)
-        self.barrier()
         if self.watch is not None:
             atexit.unregister(self.watch.leave)
             self.watch.close()

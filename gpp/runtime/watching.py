@@ -85,7 +85,8 @@ class Watcher:
         """A rank has spoken."""
         member = self.members[rank]
         member.heard = now
-        if (sight.count, sight.place) != (member.sight.count, member.sight.place):
+        before = member.sight
+        if (sight.count, sight.place, sight.waits) != (before.count, before.place, before.waits):
             member.moved = now
         member.sight = sight
 
@@ -154,20 +155,23 @@ class Watcher:
                 now,
             )
             return
-        if not alive or any(self.members[r].sight.place is Place.SETUP for r in alive):
+        if not alive:
             return
         still = min(now - self.members[r].moved for r in alive)
         inside = [r for r in alive if self.members[r].sight.place is Place.INSIDE]
         outside = len(inside) < len(alive)
         busy = tuple(r for r in inside if not self.members[r].sight.waits)
-        if left and inside and not busy and not outside and still > min(MISMATCH, silence):
+        stuck = all(self.members[r].sight.waits for r in alive)  # for each other, or for those who left
+        if left and stuck and still > min(MISMATCH, silence):
             self._begin(
                 tuple(left),
-                f"{_ranks(left)} left the pipeline while {_ranks(inside)} still {_wait(inside)} for it: "
+                f"{_ranks(left)} left the pipeline while {_ranks(alive)} still {_wait(alive)} for it: "
                 "every rank makes the same calls, and leaves the loop after the same step",
                 FAILED,
                 now,
             )
+        elif any(self.members[r].sight.place is Place.SETUP for r in alive):
+            return
         elif inside and still > silence and (self.rules.strict or not outside):
             others = tuple(r for r in alive if self.members[r].sight.place is Place.OUTSIDE)
             culprits = busy or others or tuple(inside)
