@@ -165,6 +165,8 @@ def patience(case: Case) -> float:
     """Seconds from a case's fault in which its ranks are to end."""
     if case.elastic:
         return GO_ON
+    if case.place is Place.SETUP and case.fault not in DEATHS:
+        return WITHIN + SETUP_SILENCE  # what is raised in set-up is said when all ranks have got so far
     if case.fault not in SILENT:
         return WITHIN
     return WITHIN + (SETUP_SILENCE if case.place in (Place.SETUP, Place.MOMENT) else SILENCE)

@@ -193,6 +193,8 @@ def _later(seconds: float, work: Callable[[], None]) -> None:
 
 
 def _whole(path: Path) -> bool:
+    if path.suffix:
+        return False
     try:
         opened(path)
     except CheckpointError:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 
-from gpp.checkpoint.folder import Kept, newest, opened
-from gpp.checkpoint.reader import check_files
+from gpp.checkpoint.folder import Kept, check_bytes, newest, opened
 from gpp.checkpoint.tensors import CheckpointError
 
 from .cases import KEEP, SETUP_SILENCE, SILENCE, SILENT, STEPS, Case, patience
@@ -121,7 +120,7 @@ def _verified(path: Path) -> Kept | None:
         return None
     if path.suffix:
         return None
-    check_files(kept, 0, 1)
+    check_bytes(kept)
     return kept
 
 

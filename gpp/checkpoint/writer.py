@@ -111,7 +111,7 @@ class CheckpointWriter:
                 self._complete(part, own, manifest)
         except CheckpointError as error:
             self._error = error
-        except BaseException as error:  # nobody sees what a thread raises, a sys.exit least of all
+        except (Exception, SystemExit) as error:  # nobody sees what a thread raises
             self._error = CheckpointError(f"no checkpoint of step {manifest.step} is written: {error!r}")
         finally:
             self._own_done.set()

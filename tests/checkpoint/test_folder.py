@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpp.checkpoint import folder as folders
-from gpp.checkpoint import tensors
+from gpp.checkpoint import tensors, writer
 from gpp.checkpoint.folder import check_place, check_space, newest, opened, prune, settle
 from gpp.checkpoint.manifest import MANIFEST
 from gpp.checkpoint.tensors import CheckpointError
@@ -195,6 +196,12 @@ def test_the_newest_whole_one_is_found_and_others_are_named(tmp_path: Path) -> N
     assert [text.partition("step-000000")[2][:2] for text in wrong] == ["11", "10", "02"]
     assert "model-00002-of-00002.safetensors is not there" in wrong[1]
     assert newest(tmp_path / "nowhere") == (None, [])
+
+
+def test_a_thread_that_leaves_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "commit", lambda *_: sys.exit(5))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 1 is written: SystemExit\(5\)"):
+        write(tmp_path, 1)
 
 
 def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every message layer must do: functions of a communicator, run over threads and over MPI alike."""
 
+import sys
 import time
 from dataclasses import replace
 
@@ -310,6 +311,8 @@ def case_a_failing_broadcast_fails_everywhere(comm: Communicator) -> None:
     expected = FileNotFoundError if comm.rank == 0 else CommunicationError
     with pytest.raises(expected, match=r"no plan\.json here"):
         comm.broadcast_object(make)
+    with pytest.raises(SystemExit if comm.rank == 0 else CommunicationError, match="5"):
+        comm.broadcast_object(lambda: sys.exit(5))
     comm.barrier()
 
 

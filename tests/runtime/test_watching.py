@@ -144,6 +144,14 @@ def test_a_job_in_which_nothing_moves_names_who_does_not_wait() -> None:
     assert "  rank 1 (right): step 1: forward of samples 0-3, for 61.0 s" in text
 
 
+def test_a_message_is_a_movement_though_the_call_is_the_same() -> None:
+    watch = watcher()
+    for now in range(0, 4 * round(MISMATCH)):
+        seen(watch, now, sight(place=LEFT), sight(waits=now % 4 > 0, place=SETUP), sight(place=SETUP))
+        watch.tick(now)
+    assert not watch.is_asking
+
+
 def test_ranks_that_wait_for_one_another() -> None:
     watch = watcher()
     for now in range(0, 62):
@@ -152,10 +160,11 @@ def test_ranks_that_wait_for_one_another() -> None:
     assert text_of(watch, 61.0).startswith("nothing moved for 60 s: ranks 0, 1, 2 wait for one another\n")
 
 
-def test_a_rank_that_left_while_others_wait_for_it() -> None:
+@pytest.mark.parametrize("place", [INSIDE, SETUP])
+def test_a_rank_that_left_while_others_wait_for_it(place: Place) -> None:
     watch = watcher()
     for now in range(0, 4):
-        seen(watch, now, sight(), sight(place=LEFT), sight())
+        seen(watch, now, sight(), sight(place=LEFT), sight(place=place))
         watch.tick(now)
     assert not watch.is_asking
     watch.tick(MISMATCH + 1)
