@@ -28,6 +28,7 @@ NEWS = 1.0  # seconds after which a rank speaks though nothing is new
 SIGNS = 4  # of life at least, within the time after which one is missed
 PARDON = 1.5  # times the silence of others is allowed to who watches: else both would report it
 LAST = 5.0  # seconds for the report, before a failing rank ends the job by itself
+TURN, TURNS = 0.5, 4  # seconds that one rank gives each before it, and how many of these
 DEEPEST = 30  # calls shown of a thread
 
 
@@ -178,13 +179,16 @@ class Watch:
                 self._alone()
 
     def _alone(self) -> None:
-        """Those who watch are gone."""
+        """Those who watch are gone. The first of the others says so, and ends the job: a later one only if
+        nobody has."""
         if self.rules.elastic:
             self.lost = self._hubs
             return
+        earlier = self.rank - sum(hub < self.rank for hub in self._hubs)
+        time.sleep(TURN * min(earlier, TURNS))
         print(
-            f"error: rank {self.rank}: ranks {' and '.join(map(str, self._hubs))}, which watch over the job, "
-            "are gone: it ends",
+            f"error: ranks {' and '.join(map(str, self._hubs))}, which watch over the job, are gone: rank "
+            f"{self.rank} ends it",
             file=sys.__stderr__,
             flush=True,
         )

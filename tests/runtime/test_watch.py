@@ -109,6 +109,19 @@ def test_the_deputy_tells_of_the_first_rank_and_stalls_are_seen(monkeypatch: pyt
     assert "nothing moved for 0.5 s: ranks 0, 1 did not go on" in errors.getvalue()
 
 
+def test_one_of_the_others_tells_that_those_who_watch_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[tuple[int, int]] = []
+    monkeypatch.setattr(sys, "__stderr__", errors := io.StringIO())
+    with watches(4, ends, monkeypatch) as ranks:
+        for watch in ranks[:2]:
+            watch._closing.set()
+            watch._say({"kind": "sight"})
+        until(lambda: bool(ends))
+        said = errors.getvalue()
+    assert ends[0] == (2, 1)
+    assert said == "error: ranks 0 and 1, which watch over the job, are gone: rank 2 ends it\n"
+
+
 def test_deaths_are_announced_to_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[tuple[int, int]] = []
     with watches(4, ends, monkeypatch) as ranks:
