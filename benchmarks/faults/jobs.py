@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from launch.mpirun import Machine, assemble
 
 from . import elastic
 from .cases import RANKS, Case, patience
-from .notes import Struck, read_note, read_processes, write_case
+from .notes import TRACES, Struck, read_note, read_processes, write_case
 
 POLL = 0.02  # seconds between two looks at the processes
 START = 120.0  # seconds that a job may take until its fault, on a busy machine
@@ -82,17 +83,31 @@ def _watched(job: "subprocess.Popen[bytes]", case: Case, folder: Path) -> Ended:
         if now > until:
             break
         time.sleep(POLL)
+    err = (folder / "err").read_text(errors="replace")
+    if any(map(_lives, ranks.values())):
+        err += _traces(folder, ranks)
     orphans = tuple(map(_command, _marked(folder))) if launcher is not None else ()
     zero = begun if struck is None else struck.at
     return Ended(
         code=job.poll(),
         out=(folder / "out").read_text(errors="replace"),
-        err=(folder / "err").read_text(errors="replace"),
+        err=err,
         struck=struck,
         last_rank=None if last_rank is None else last_rank - zero,
         launcher=None if launcher is None else launcher - zero,
         orphans=orphans,
     )
+
+
+def _traces(folder: Path, ranks: Mapping[int, int]) -> str:
+    """Where in the code those ranks are that are still there."""
+    living = {rank: process for rank, process in ranks.items() if _lives(process)}
+    for process in living.values():
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGUSR2)
+    time.sleep(FORGIVEN)
+    files = {rank: folder / f"{TRACES}-{rank}" for rank in living}
+    return "".join(f"\n--- rank {rank} is still there\n{file.read_text()}" for rank, file in files.items())
 
 
 def _lives(process: int) -> bool:

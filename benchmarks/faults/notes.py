@@ -1,7 +1,9 @@
 """What a job's ranks leave for those who judge it: files in its folder."""
 
+import faulthandler
 import json
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -11,6 +13,7 @@ from typing import Any
 from .cases import Case, Fault, Place, Shape
 
 CASE = "case.json"
+TRACES = "traces"  # and -RANK: of its threads
 
 
 class Phase(StrEnum):
@@ -53,7 +56,8 @@ def read_note(folder: Path) -> Struck | None:
 
 
 def write_process(folder: Path, rank: int) -> None:
-    """A rank has started."""
+    """A rank has started. Who wants to know what its threads are at sends it SIGUSR2."""
+    faulthandler.register(signal.SIGUSR2, (folder / f"{TRACES}-{rank}").open("w"))
     write(folder / f"rank-{rank}.json", {"process": os.getpid(), "at": time.monotonic()})
 
 

@@ -50,7 +50,11 @@ class Suite:
             return case, verdict
 
         with ThreadPoolExecutor(at_once) as pool:
-            return dict(pool.map(work, cases))
+            try:
+                return dict(pool.map(work, cases))
+            except BaseException:  # Ctrl-C: what has begun ends, no other begins
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _job(self, case: Case, folder: Path) -> Ended:
         if not case.elastic:
