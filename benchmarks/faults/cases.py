@@ -68,6 +68,7 @@ class Fault(StrEnum):
 
 RANKS = {Shape.CHAIN: 3, Shape.DIAMOND: 4, Shape.REPLICAS: 3}
 READERS = {Shape.CHAIN: (0, 2), Shape.DIAMOND: (0, 3), Shape.REPLICAS: (0, 1, 2)}
+SPLITTERS = {Shape.DIAMOND: (1, 2, 3), Shape.REPLICAS: (2,)}  # a first stage has no input half
 DEATHS = (Fault.KILL, Fault.EXIT_0, Fault.EXIT_7, Fault.ABORT)
 SILENT = (Fault.HANG, Fault.STOP)
 FIRST_RANK = (Place.MANIFEST, Place.RENAME, Place.PRUNE)  # what no other rank does
@@ -151,7 +152,7 @@ def chosen(count: int, seed: int) -> tuple[Case, ...]:
                 rank=rank,
                 place=place,
                 fault=fault,
-                occurrence=draw.randrange(occurrences(shape, place)),
+                occurrence=draw.randrange(occurrences(place)),
                 share=draw.random(),
                 elastic=survives,
                 second=draw.choice(others) if double else None,
@@ -178,22 +179,24 @@ def ranks(shape: Shape, place: Place) -> Sequence[int]:
         return (0,)
     if place is Place.PART:
         return range(1, RANKS[shape])
+    if place is Place.WEIGHT:
+        return SPLITTERS.get(shape, ())
     return READERS[shape] if place is Place.READ else range(RANKS[shape])
 
 
-def occurrences(shape: Shape, place: Place) -> int:
+def occurrences(place: Place) -> int:
     """How often, at least, each of those ranks comes there."""
     if place in ONCE:
         return 1
     if place in PIECEWISE:
-        return STEPS * (PIECES // 2 if shape is Shape.REPLICAS else PIECES)
+        return STEPS * PIECES
     if place is Place.COPY or place in WRITING:
         return (STEPS + EVERY - 1) // EVERY
     return 2 if place is Place.EVALUATION else STEPS
 
 
 def _fitting(place: Place, shapes: Iterator[Shape]) -> Shape:
-    return next(shape for shape in shapes if shape is not Shape.CHAIN or place is not Place.WEIGHT)
+    return next(shape for shape in shapes if ranks(shape, place))
 
 
 def _endlessly(items: tuple[T, ...], draw: random.Random) -> Iterator[T]:

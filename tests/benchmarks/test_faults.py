@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.faults.cases import (
     DEATHS,
     ELASTIC,
     FIRST_RANK,
+    PIECES,
     RANKS,
     READERS,
     Case,
@@ -23,14 +25,19 @@ from benchmarks.faults.cases import (
     occurrences,
     ranks,
 )
+from benchmarks.faults.inject import PASSES
 from benchmarks.faults.jobs import Ended
 from benchmarks.faults.notes import Phase, Struck, read_case, read_note, write_case, write_note
+from benchmarks.faults.scene import Branched, Samples, plan_of
 from benchmarks.faults.suite import Suite
 from benchmarks.faults.table import by_fault, by_job, by_place
 from benchmarks.faults.verdict import Verdict, judge, lost, named
 from benchmarks.report import text
+from gpp.api.capture import capture
 from gpp.checkpoint.manifest import Manifest, Part
 from gpp.checkpoint.writer import CheckpointWriter, Contents
+from gpp.schedule.lower import lower
+from gpp.schedule.task import Compute, Instruction, Receive, Reduce, Send, Update
 from tests.mpirun import is_open_mpi, why_no_mpi
 from tests.thorough import ALL
 
@@ -64,10 +71,33 @@ def test_cases_are_those_of_their_seed_and_possible() -> None:
     assert numbered(17, 3) == chosen(18, 3)[17]
     for found in chosen(300, 1):
         assert found.rank in ranks(found.shape, found.place) and found.rank < RANKS[found.shape]
-        assert 0 <= found.occurrence < occurrences(found.shape, found.place)
+        assert 0 <= found.occurrence < occurrences(found.place)
         assert found.rank == 0 or found.place not in FIRST_RANK
         assert found.rank in READERS[found.shape] or found.place is not Place.READ
         assert found.second != found.rank and 0 <= found.share < 1
+
+
+def test_ranks_come_to_their_places() -> None:
+    data = Samples()
+    captured = capture(Branched(), data.read(range(4), data.keys), verify=False)
+    for shape in Shape:
+        plan = plan_of(shape)(captured)
+        read = {rank for s in plan.stage_graph.stages if s.batch_keys for rank in s.devices}
+        assert read == set(READERS[shape])
+        for rank, instructions in enumerate(lower(replace(plan, global_norm=True)).programs):
+            kinds_of = Counter(place for one in instructions if (place := PLACES.get(kind_of(one))))
+            for place in (Place.FORWARD, Place.BACKWARD, Place.WEIGHT, Place.SEND, Place.RECEIVE):
+                comes = rank in ranks(shape, place)
+                assert (kinds_of[place] >= PIECES) == comes and bool(kinds_of[place]) == comes, (shape, rank)
+            assert kinds_of[Place.REDUCE] >= 1 == kinds_of[Place.UPDATE]
+
+
+PLACES: dict[object, Place] = {Send: Place.SEND, Receive: Place.RECEIVE, Reduce: Place.REDUCE}
+PLACES |= {Update: Place.UPDATE, **PASSES}
+
+
+def kind_of(instruction: Instruction) -> object:
+    return instruction.task.kind if isinstance(instruction, Compute) else type(instruction)
 
 
 def test_notes_are_read_as_they_were_written(tmp_path: Path) -> None:
