@@ -33,6 +33,7 @@ PLAN = (
     "cluster.devices=2",
     "train.mini_batch=16",
     "train.micro_batch=4",
+    "train.on_nonfinite=null",
     "hydra.run.dir=planned",
 )
 REPLAY = ("cluster.devices=2", "train.mini_batch=16", "plan=planned/plan.json")
