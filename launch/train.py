@@ -41,7 +41,7 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
     with listening(comm.rank) as listener:
         while True:
             try:
-                _train(config, mpi, comm, listener, folder)
+                _ended(config, mpi, comm, listener, folder)
                 return
             except Exception as error:
                 lost = mpi.lost_behind(error) if mpi is not None else ()
@@ -50,6 +50,26 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
             comm = mpi = mpi.survivors()
             listener.rank = mpi.rank
             config = without(config, lost, mpi)
+
+
+def _ended(
+    config: DictConfig,
+    mpi: "MpiCommunicator | None",
+    comm: "Communicator",
+    listener: "Listener",
+    folder: Path,
+) -> None:
+    """From a configuration to results and, where ranks have been lost, to the end of this process."""
+    from .guard import Leaving
+
+    try:
+        _train(config, mpi, comm, listener, folder)
+    except Leaving as leaving:
+        if mpi is not None and mpi.has_lost:
+            mpi.end(int(leaving.code or 0))
+        raise
+    if mpi is not None and mpi.has_lost:
+        mpi.end(0)
 
 
 def _train(

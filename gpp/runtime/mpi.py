@@ -303,17 +303,32 @@ class MpiCommunicator(Collectives):
 
     def close(self) -> None:
         """Give the communicator back, once nothing is under way; called by all ranks."""
+        self._part()
+        self._bell.close()
+        for request in self._persistent:
+            request.request.Free()
+        self._free_dropped()
+        self._comm.Free()
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether these are the survivors of a job that has lost ranks."""
+        return self._before is not None
+
+    def end(self, code: int) -> NoReturn:
+        """The end of this process, of survivors; called by all of them. MPI's own end may wait for ever for
+        ranks that are gone, so it is left out: an mpirun that lets ranks die takes the code."""
+        self._part()
+        spoken()
+        os._exit(code)
+
+    def _part(self) -> None:
         with self.doing.inside("waits for all ranks to close"):
             self.barrier()
         left(self.doing)
         if self.watch is not None:
             atexit.unregister(self.watch.leave)
             self.watch.close()
-        self._bell.close()
-        for request in self._persistent:
-            request.request.Free()
-        self._free_dropped()
-        self._comm.Free()
 
 
 def _nobody_watches(reason: str) -> None:
