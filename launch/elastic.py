@@ -16,16 +16,23 @@ from .problems import SettingsError
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
+    from gpp.checkpoint.shelf import Shelf
     from gpp.runtime.mpi import MpiCommunicator
 
 
 def check_elastic(settings: TrainSettings, mpi: "MpiCommunicator | None") -> None:
     """Raise SettingsError where the job could not go on without a rank."""
     if not settings.elastic:
+        if settings.checkpoint_memory is not None:
+            raise SettingsError(
+                "train.checkpoint_memory makes copies that end with the job, for train.elastic=true alone: "
+                "set that too, or leave it null"
+            )
         return
     if settings.checkpoint_every is None:
         raise SettingsError(
-            "train.elastic=true goes on from checkpoints, and none are written: set train.checkpoint_every"
+            "train.elastic=true goes on from checkpoints, and none are written: set train.checkpoint_every "
+            "(train.checkpoint_memory, beside it, makes copies that end with the last rank)"
         )
     if mpi is None:
         raise SettingsError("train.elastic=true is for ranks of their own: start it with launch.mpirun")
@@ -34,6 +41,22 @@ def check_elastic(settings: TrainSettings, mpi: "MpiCommunicator | None") -> Non
             "train.elastic=true needs an MPI that lets ranks die: Open MPI 5, started with `mpirun --with-ft "
             "ulfm` (launch.mpirun does so by itself), and not GPP_WATCH=0"
         )
+
+
+def shelf_for(config: DictConfig, mpi: "MpiCommunicator | None") -> "Shelf | None":
+    """Where a job's copies in memory lie, if it is to have any; called by all ranks together."""
+    wanted = OmegaConf.select(config, "train.checkpoint_memory") is not None
+    if mpi is None or mpi.size == 1 or not wanted or config.train.elastic is not True:
+        return None  # what is wrong with that is said later
+    from gpp.api.memory import shelf_of
+    from gpp.checkpoint.tensors import CheckpointError
+
+    try:
+        return shelf_of(mpi)
+    except CheckpointError as error:
+        if mpi.rank == 0:
+            print(f"no copies in memory, only checkpoints on disk: {error}", flush=True)
+        return None
 
 
 def without(config: DictConfig, lost: tuple[int, ...], mpi: "MpiCommunicator") -> DictConfig:

@@ -1,14 +1,18 @@
 """The checkpoints of a training command: where they are kept, and which one it goes on from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from gpp.api.checkpoints import Checkpoints, find
+from gpp.api.memory import InMemory, found_copy
 from gpp.checkpoint.folder import Kept, check_place, check_space, newest
+from gpp.checkpoint.shelf import Copy, Shelf
 from gpp.checkpoint.tensors import CheckpointError
 from gpp.plan import Plan, plan_to_json
+from gpp.runtime.communicator import Communicator
 
 from .settings import CheckpointSettings, own_path, own_yaml
 from .writable import check_writable
@@ -23,12 +27,20 @@ def folder_of(settings: CheckpointSettings, run: Path) -> Path:
 
 
 def checkpoints(
-    config: DictConfig, settings: CheckpointSettings, plan: Plan, run: Path
+    config: DictConfig, settings: CheckpointSettings, plan: Plan, run: Path, shelf: Shelf | None
 ) -> Checkpoints | None:
-    """When and where they are written, if they are. Configuration and plan are kept with each."""
+    """When and where they are written, if they are. Configuration and plan are kept with each. `shelf` is for
+    copies in memory."""
     if settings.checkpoint_every is None:
         return None
-    return kept_of(config, settings, plan, run)
+    kept = kept_of(config, settings, plan, run)
+    if shelf is None or settings.checkpoint_memory is None:
+        return kept
+    return replace(kept, memory=InMemory(shelf, settings.checkpoint_memory, _say))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def kept_of(config: DictConfig, settings: CheckpointSettings, plan: Plan, run: Path) -> Checkpoints:
@@ -74,6 +86,16 @@ def check_room(
     check_space(folder_of(settings, run), saved + trained * (factor + averaged), settings.checkpoint_keep)
 
 
+def copy_to_take(shelf: Shelf, source: Path | None, comm: Communicator) -> Copy | None:
+    """The newest copy in memory, unless the checkpoint that the run would begin from is newer; called by all
+    ranks together."""
+    copy = found_copy(shelf, comm)
+    if copy is None or source is None:
+        return copy
+    on_disk = comm.broadcast_object(lambda: find(source, {})[0].manifest.step)
+    return copy if copy.manifest.step >= on_disk else None
+
+
 def _asked_for(settings: CheckpointSettings, run: Path) -> tuple[Path, Kept | None]:
     folder = folder_of(settings, run)
     if settings.resume is None:
@@ -82,8 +104,6 @@ def _asked_for(settings: CheckpointSettings, run: Path) -> tuple[Path, Kept | No
         kept, wrong = newest(folder)
         if kept is None and wrong:
             raise CheckpointError(f"train.resume: no checkpoint in {folder} is whole: {wrong[0]}")
-        if kept is None:
-            print(f"train.resume=auto: there is no checkpoint in {folder} yet, training begins", flush=True)
         return folder, kept
     path = own_path(settings.resume)
     try:

@@ -40,6 +40,7 @@ class CheckpointSettings:
     """What the `train` group says of checkpoints."""
 
     checkpoint_every: int | None
+    checkpoint_memory: int | None
     checkpoint_keep: int
     checkpoint_folder: str | None
     resume: str | None
@@ -222,6 +223,7 @@ def _checkpoint_values(config: DictConfig) -> dict[str, Any]:
     with Collected() as read:
         found = {
             "checkpoint_every": read(_optional_whole, config, "train.checkpoint_every", 1),
+            "checkpoint_memory": read(_optional_whole, config, "train.checkpoint_memory", 1),
             "checkpoint_keep": read(whole, config, "train.checkpoint_keep", 1),
             "checkpoint_folder": read(_optional_path, config, "train.checkpoint_folder", "a folder"),
             "resume": read(_optional_path, config, "train.resume", "auto or a checkpoint's path"),

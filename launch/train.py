@@ -16,6 +16,7 @@ from .start import launch, own_overrides, run_folder
 
 if TYPE_CHECKING:
     from gpp.api.pipeline import Pipeline
+    from gpp.checkpoint.shelf import Copy, Shelf
     from gpp.runtime.communicator import Communicator
     from gpp.runtime.mpi import MpiCommunicator
     from kernels.fuse import FuseReport
@@ -33,15 +34,17 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
         return
     from gpp.runtime.loopback import LoopbackWorld
 
-    from .elastic import without
+    from .elastic import shelf_for, without
     from .preemption import listening
 
     comm: Communicator = mpi if mpi is not None else LoopbackWorld(1).communicators[0]
     folder = Path(comm.broadcast_object(lambda: str(run_folder().resolve())))
+    shelf: Shelf | None = None
     with listening(comm.rank) as listener:
         while True:
             try:
-                _ended(config, mpi, comm, listener, folder)
+                shelf = shelf_for(config, mpi) if shelf is None else shelf
+                _ended(config, mpi, comm, listener, folder, shelf)
                 return
             except Exception as error:
                 lost = mpi.lost_behind(error) if mpi is not None else ()
@@ -58,16 +61,21 @@ def _ended(
     comm: "Communicator",
     listener: "Listener",
     folder: Path,
+    shelf: "Shelf | None",
 ) -> None:
     """From a configuration to results and, where ranks have been lost, to the end of this process."""
     from .guard import Leaving
 
     try:
-        _train(config, mpi, comm, listener, folder)
+        _train(config, mpi, comm, listener, folder, shelf)
     except Leaving as leaving:
+        if shelf is not None:
+            shelf.close()
         if mpi is not None and mpi.has_lost:
             mpi.end(int(leaving.code or 0))
         raise
+    if shelf is not None:
+        shelf.close()
     if mpi is not None and mpi.has_lost:
         mpi.end(0)
 
@@ -78,14 +86,16 @@ def _train(
     comm: "Communicator",
     listener: "Listener",
     folder: Path,
+    shelf: "Shelf | None",
 ) -> None:
-    """From a configuration to results; called by all ranks together."""
+    """From a configuration to results; called by all ranks together. `shelf` is for copies in memory, and may
+    have some."""
     from gpp.runtime.watching import Rules
 
     from .guard import together
     from .job import GuardedCrew, asked, pipeline_of, prepare
     from .kernels import kernels_name, write_reports
-    from .resume import check_room
+    from .resume import AUTO, check_room, copy_to_take, folder_of
     from .settings import train_settings
     from .transport import process_groups, staging_of
     from .validation import check_training
@@ -102,6 +112,7 @@ def _train(
     rules = Rules(settings.silence, strict=True, elastic=settings.elastic)
     comm.watch_by(rules, folder)
     staging = together(comm, lambda: staging_of(config, comm, alone=alone))
+    copy = None if shelf is None else copy_to_take(shelf, source, comm)
     comm.doing.now("captures the model and plans")
     room = partial(check_room, settings, folder, averaged=settings.ema is not None)
     job, ranks, initialised = prepare(request, comm, alone=alone, room=room)
@@ -116,10 +127,15 @@ def _train(
     del initialised  # the whole model's weights: each stage has its own by now
     if kernels_name(config, job.material.device) == "triton":
         write_reports(comm, fused, folder)
-    if source is not None:
+    if shelf is not None and copy is not None and _goes_on_from_copy(job, pipeline, shelf, copy):
+        pass
+    elif source is not None:
         _go_on(job, pipeline, source)
+    elif settings.resume == AUTO and comm.rank == 0:
+        kept = folder_of(settings, folder)
+        print(f"train.resume=auto: there is no checkpoint in {kept} yet, training begins", flush=True)
     listener.tell(pipeline.ask_to_stop)
-    _run(config, job, pipeline, folder)
+    _run(config, job, pipeline, folder, shelf)
     if groups is not None:
         groups.close()
 
@@ -165,12 +181,31 @@ def _go_on(job: "Job", pipeline: "Pipeline", source: Path) -> None:
     if pipeline.is_first:
         for text in passed_over:
             print(f"passed over: {text}")
-        made, wanted = pipeline.steps, job.material.settings.steps
-        what = f"goes on at step {made} of {wanted}" if made < wanted else "trained enough, evaluates only"
-        print(f"{what}: {named(source, made)} has {made}, train.steps={wanted}", flush=True)
+        _say_step(job, pipeline, f"{named(source, pipeline.steps)}")
 
 
-def _run(config: DictConfig, job: "Job", pipeline: "Pipeline", folder: Path) -> None:
+def _goes_on_from_copy(job: "Job", pipeline: "Pipeline", shelf: "Shelf", copy: "Copy") -> bool:
+    """From a copy in memory, if it is of use; called by all ranks together."""
+    from gpp.checkpoint.tensors import CheckpointError
+
+    try:
+        pipeline.recall(shelf, copy, job.material.batches)
+    except CheckpointError as error:
+        if pipeline.is_first:
+            print(f"passed over: {error}", flush=True)
+        return False
+    if pipeline.is_first:
+        _say_step(job, pipeline, "the copy in memory")
+    return True
+
+
+def _say_step(job: "Job", pipeline: "Pipeline", source: str) -> None:
+    made, wanted = pipeline.steps, job.material.settings.steps
+    what = f"goes on at step {made} of {wanted}" if made < wanted else "trained enough, evaluates only"
+    print(f"{what}: {source} has {made}, train.steps={wanted}", flush=True)
+
+
+def _run(config: DictConfig, job: "Job", pipeline: "Pipeline", folder: Path, shelf: "Shelf | None") -> None:
     """From the weights as they are to the results; called by all ranks together."""
     from .log import Log, say_evaluation
     from .resume import checkpoints
@@ -190,7 +225,7 @@ def _run(config: DictConfig, job: "Job", pipeline: "Pipeline", folder: Path) -> 
             max(0, settings.steps - pipeline.steps),
             log.step,
             prefetch=settings.prefetch,
-            checkpoints=checkpoints(config, settings, job.plan, folder),
+            checkpoints=checkpoints(config, settings, job.plan, folder, shelf),
         )
         if pipeline.steps < settings.steps:
             _leave(config, job, pipeline, folder)

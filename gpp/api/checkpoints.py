@@ -4,7 +4,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,13 +23,16 @@ from gpp.checkpoint.folder import (
 from gpp.checkpoint.manifest import MANIFEST, Manifest, Order, Part, check_name
 from gpp.checkpoint.owners import owners
 from gpp.checkpoint.reader import weights
+from gpp.checkpoint.shelf import Copy, Shelf
 from gpp.checkpoint.tensors import CheckpointError
 from gpp.checkpoint.writer import CheckpointWriter
-from gpp.runtime.saving import Shares, contents, restore
+from gpp.runtime.copies import Copies
+from gpp.runtime.saving import Shares, contents, files_of, restore
 from gpp.runtime.state import StageState
 
 from .crew import Crew
 from .job import Job, holders_of, sizes_of
+from .memory import InMemory, brought, why_not
 
 SEEN_WITHIN = 10.0  # seconds for a file to be seen by all hosts: network file systems remember what was not
 
@@ -41,12 +44,14 @@ States = Mapping[int, StageState | None]  # of the ranks of this process; None: 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """Where checkpoints go: `folder`, which all ranks see. The newest `keep` stay; in `fit` one is written
-    every `every` steps (None: only by `save`). `texts` are small files to be kept with each."""
+    every `every` steps (None: only by `save`). `texts` are small files to be kept with each. `memory`: `fit`
+    makes copies in memory beside them, for those who go on if ranks are lost."""
 
     folder: Path
     every: int | None = None
     keep: int = 2
     texts: Mapping[str, str] = field(default_factory=dict)
+    memory: InMemory | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("every", 1 if self.every is None else self.every), ("keep", self.keep)):
@@ -73,10 +78,14 @@ class Subject:
     @property
     def bytes(self) -> float:
         """About the size of a checkpoint."""
+        return self.bytes_of((*self.keys.values(), *self.hidden))
+
+    def bytes_of(self, names: Iterable[str]) -> float:
+        """About what these parameters and buffers take of it."""
         sizes = sizes_of(self.job)
-        trained = sum(sizes[name] for name in self.job.captured.traced.trainable if name in sizes)
-        saved = sum(sizes[name] for name in (*self.keys.values(), *self.hidden) if name in sizes)
-        return saved + trained * (self.optimizer_factor + (self.ema is not None))
+        found = [name for name in names if name in sizes]
+        trained = sum(sizes[name] for name in {*found}.intersection(self.job.captured.traced.trainable))
+        return sum(sizes[name] for name in found) + trained * (self.optimizer_factor + (self.ema is not None))
 
 
 class Saving:
@@ -103,6 +112,7 @@ class Saving:
         self._writers = {
             rank: CheckpointWriter(checkpoints.folder, rank, crew.size, checkpoints.keep) for rank in states
         }
+        self._copies: Copies | None = None
         self._begun = 0
 
     def begin(self, steps: int, order: Order | None) -> None:
@@ -137,26 +147,47 @@ class Saving:
             if self._crew.is_first:
                 mark_of(folder, token).unlink(missing_ok=True)
 
+    def begin_copies(self) -> None:
+        """Be ready for copies in memory, if there are to be any and they have room; called by all ranks."""
+        memory, crew = self.checkpoints.memory, self._crew
+        if memory is None or self._copies is not None or crew.alone or crew.size == 1:
+            return
+        sizes = [self._subject.bytes_of(self._shares.owners.names_of(rank)) for rank in range(crew.size)]
+        reason = why_not(memory.shelf, sizes, crew)
+        if reason is None:
+            self._copies = Copies(crew.comm, memory.shelf, crew.comm.hosts, memory.say)
+            return
+        if crew.is_first:
+            memory.say(f"no copies in memory, only checkpoints on disk: {reason}")
+
+    def at_start(self, rank: int, steps: int) -> None:
+        """What a rank does before its first step: after ranks are lost, what is left of older copies lies
+        on one host alone."""
+        if self._copies is not None and steps:
+            self._write(rank, steps, on_disk=False, in_memory=True)
+
     def between(self, rank: int, stop: int) -> Callable[[int], None]:
         """What a rank does between steps, of which there will be `stop`."""
-        every = self.checkpoints.every
+        every, memory = self.checkpoints.every, self.checkpoints.memory
 
         def between(steps: int) -> None:
-            if every is not None and (steps % every == 0 or steps == stop):
-                self._write(rank, steps)
-            else:
-                self._writers[rank].check()
+            last = steps == stop
+            on_disk = every is not None and (steps % every == 0 or last)
+            in_memory = memory is not None and steps % memory.every == 0 and not last
+            self._write(rank, steps, on_disk=on_disk, in_memory=in_memory)
 
         return between
 
     def at_stop(self, rank: int, steps: int) -> None:
         """What a rank does if all stopped earlier than they were to; without steps there is nothing new."""
         if self._begun < steps and (self.checkpoints.every is None or steps % self.checkpoints.every):
-            self._write(rank, steps)
+            self._write(rank, steps, on_disk=True)
 
     def finish(self, rank: int) -> None:
         """Until a rank's part is on disk; on rank 0 until the whole checkpoint is."""
         self._writers[rank].wait(self._crew.comm.check)
+        if self._copies is not None:
+            self._copies.wait()
 
     def give_up(self) -> None:
         """The ranks are failing: wait for none of them."""
@@ -168,13 +199,15 @@ class Saving:
         self.give_up()
         for writer in self._writers.values():
             writer.begin_anew()
+        if self._copies is not None:
+            self._copies.abandon()
 
     def save(self, steps: int) -> None:
         """Write a checkpoint, and wait until it is on disk; called by all ranks together, after `begin`."""
 
         def parts() -> None:
             for rank in self._states:
-                self._write(rank, steps)
+                self._write(rank, steps, on_disk=True)
             for writer in self._writers.values():
                 writer.wait_for_part()
 
@@ -189,12 +222,26 @@ class Saving:
             raise
         self._crew.together(whole)
 
-    def _write(self, rank: int, steps: int) -> None:
-        writer = self._writers[rank]
-        writer.wait(self._crew.comm.check)  # before another copy of the weights is made
-        texts = self.checkpoints.texts if rank == 0 else {}
-        manifest = replace(self._base, step=steps, skipped=self._skipped(rank))
-        writer.write(contents(self._states[rank], self._shares, rank, texts), manifest)
+    def _write(self, rank: int, steps: int, *, on_disk: bool, in_memory: bool = False) -> None:
+        """Begin what is due; what is under way goes on."""
+        writer, copies = self._writers[rank], self._copies if in_memory else None
+        if on_disk:
+            writer.wait(self._crew.comm.check)  # before another copy of the weights is made
+        else:
+            writer.check()
+        if copies is not None:
+            copies.wait()
+        elif self._copies is not None:
+            self._copies.poll()
+        if on_disk or copies is not None:
+            made = contents(
+                self._states[rank], self._shares, rank, self.checkpoints.texts if rank == 0 else {}
+            )
+            manifest = replace(self._base, step=steps, skipped=self._skipped(rank))
+            if on_disk:
+                writer.write(made, manifest)
+            if copies is not None:
+                copies.take(made, manifest)
 
 
 def find(path: Path, damaged: Mapping[Path, str]) -> tuple[Kept, list[str]]:
@@ -250,17 +297,37 @@ def load(
     Returns it, the values outside of all stages (on rank 0), and what is wrong with newer ones.
     """
     kept, wrong = find_sound(path, crew, lambda kept: _check_fits(kept, subject, order))
-    keys = {name: key for key, name in subject.keys.items() if name in subject.outside}
+    return kept, crew.together(lambda: _taken(kept, subject, states)), wrong
 
-    def work() -> dict[str, Tensor]:
-        for state in states.values():
-            if state is not None:
-                updates = kept.manifest.step - kept.manifest.skipped
-                restore(state, kept, subject.keys, subject.hidden, steps=updates)
-        values = weights(kept, keys.values())
-        return {name: values[key].clone() for name, key in keys.items()}
 
-    return kept, crew.together(work), wrong
+def recall(
+    shelf: Shelf, copy: Copy, subject: Subject, crew: Crew, states: States, order: Order | None
+) -> tuple[Kept, dict[str, Tensor]]:
+    """As `load`, from a copy in memory. Raises CheckpointError, on all ranks, where it is of no use; the
+    states are then as they were."""
+    part = copy.manifest.part
+    crew.together(lambda: _check_fits(Kept(shelf.path / copy.name, copy.manifest), subject, order))
+    needed = {
+        file for state in states.values() for file in files_of(state, part, subject.keys, subject.hidden)
+    }
+    needed |= {part.weights[key] for key in _outside(subject).values()}
+    kept = brought(shelf, copy, needed, crew)
+    return kept, crew.together(lambda: _taken(kept, subject, states))
+
+
+def _outside(subject: Subject) -> dict[str, str]:
+    """The keys of the values in no stage by name, on rank 0."""
+    return {name: key for key, name in subject.keys.items() if name in subject.outside}
+
+
+def _taken(kept: Kept, subject: Subject, states: States) -> dict[str, Tensor]:
+    for state in states.values():
+        if state is not None:
+            updates = kept.manifest.step - kept.manifest.skipped
+            restore(state, kept, subject.keys, subject.hidden, steps=updates)
+    keys = _outside(subject)
+    values = weights(kept, keys.values())
+    return {name: values[key].clone() for name, key in keys.items()}
 
 
 def _look(folder: Path, token: str) -> None:

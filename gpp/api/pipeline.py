@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gpp.checkpoint.folder import Kept
 from gpp.checkpoint.manifest import Order
+from gpp.checkpoint.shelf import Copy, Shelf
 from gpp.plan import Plan
 from gpp.program.build import Hooks
 from gpp.program.stage import StageProgram
@@ -31,7 +33,7 @@ from gpp.schedule.task import Schedule
 from gpp.trace import Trace
 
 from .batches import Batch, Checked, key_specs, misfit, samples_of
-from .checkpoints import Checkpoints, Saving, Subject, load
+from .checkpoints import Checkpoints, Saving, Subject, load, recall
 from .crew import Crew, RefusedError
 from .job import (
     Job,
@@ -215,6 +217,8 @@ class Pipeline:
         start, stop = self.steps, self.steps + steps
         self._order = Order(batches.length, batches.seed)
         saving = self._saver(checkpoints) if checkpoints is not None and steps else None
+        if saving is not None:
+            saving.begin_copies()
 
         def work(trainer: Trainer) -> int:
             def fit(**options: Any) -> int:
@@ -224,6 +228,7 @@ class Pipeline:
                 return fit()
             rank = trainer.comm.rank
             try:
+                saving.at_start(rank, start)
                 made = fit(between=saving.between(rank, stop))
                 trainer.comm.doing.now("writes a checkpoint")
                 if made < stop:
@@ -274,11 +279,21 @@ class Pipeline:
         """
         order = None if batches is None else Order(batches.length, batches.seed)
         kept, self._outside, wrong = load(path, self._subject(), self._crew, self._states(), order)
+        self._went_back(kept)
+        return wrong
+
+    def recall(self, shelf: Shelf, copy: Copy, batches: Batches) -> None:
+        """Go on from a copy in memory, as `load`. Raises CheckpointError, on all ranks, where it is of no
+        use; nothing has changed then."""
+        order = Order(batches.length, batches.seed)
+        kept, self._outside = recall(shelf, copy, self._subject(), self._crew, self._states(), order)
+        self._went_back(kept)
+
+    def _went_back(self, kept: Kept) -> None:
         self._saving = None  # it has the values from outside of all stages
         self.steps, self._order = kept.manifest.step, kept.manifest.order
         for trainer in self._trainers.values():
             trainer.guard.skipped = kept.manifest.skipped
-        return wrong
 
     def trace(self) -> Trace:
         """Who did what when in the last steps, complete on rank 0; comparable with `gpp.simulate`'s."""

@@ -103,7 +103,7 @@ class CheckpointWriter:
         try:
             part = part_of(self._folder, manifest.step)
             part.mkdir(parents=True, exist_ok=True)
-            own = _own_part(part, contents)
+            own = write_part(part, contents)
             if self._rank:
                 write_text(part / f"part-{self._rank}.json", part_to_json(own))
             self._own_done.set()
@@ -135,7 +135,8 @@ class CheckpointWriter:
         prune(self._folder, self._keep)
 
 
-def _own_part(folder: Path, contents: Contents) -> Part:
+def write_part(folder: Path, contents: Contents) -> Part:
+    """A rank's files; what it has written. Raises CheckpointError."""
     files = {name: write_tensors(folder / name, tensors) for name, tensors in contents.files.items()}
     for name, text in contents.texts.items():
         files[name] = write_text(folder / name, text)

@@ -17,8 +17,9 @@ from .communicator import Buffer, CommunicationError, Request
 from .doing import Doing
 from .halt import halts
 
-RESERVED_TAGS = 3  # a layer that knows no negative tags adds this to every tag
+RESERVED_TAGS = 5  # a layer that knows no negative tags adds this to every tag
 PIECES, OBJECTS, BARRIER = -1, -2, -3
+PARCELS, VOTES = -4, -5  # of copies in memory, beside everything else
 
 
 class Collectives(ABC):

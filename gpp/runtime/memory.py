@@ -6,6 +6,7 @@ what was needed before counts too.
 
 import ctypes
 import gc
+import math
 import os
 import resource
 import sys
@@ -15,6 +16,7 @@ LARGE = 1 << 18  # bytes: smaller blocks are quicker to use again
 _MMAP_THRESHOLD = -3  # of mallopt(3)
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def start_of_peak() -> int:
@@ -59,6 +61,44 @@ def peak() -> int:
         return most * (1 if sys.platform == "darwin" else 1024)
 
 
+def available() -> float:
+    """What this host still has for this process: memory that is free or can be made so, and what its control
+    groups allow it beyond what they hold."""
+    try:
+        known = [_field(Path("/proc/meminfo"), "MemAvailable")]
+    except (OSError, KeyError):
+        known = []
+    for folder, most, held in (
+        (_CGROUPS, "memory.max", "memory.current"),
+        (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for group in _groups(folder):
+            try:
+                known.append(int((group / most).read_text()) - int((group / held).read_text()))
+            except (OSError, ValueError):  # there is none, or it says "max"
+                continue
+    return min(known, default=math.inf)
+
+
+def _groups(folder: Path) -> list[Path]:
+    """The folder of this process's control group, and of those that it is in."""
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = [folder]
+    for _, controllers, path in lines:
+        if controllers in ("", "memory"):
+            inner = folder / path.strip("/")
+            found += [inner, *inner.parents]
+    return [group for group in dict.fromkeys(found) if group.is_relative_to(folder)]
+
+
 def _status(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    return _field(_STATUS, name)
+
+
+def _field(file: Path, name: str) -> int:
+    """Bytes, of a file whose lines are `name: kilobytes kB`."""
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
     return int(lines[name].split()[0]) * 1024

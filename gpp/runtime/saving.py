@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpp.checkpoint.folder import Kept
-from gpp.checkpoint.manifest import OptimizerEntry, Option
+from gpp.checkpoint.manifest import OptimizerEntry, Option, Part
 from gpp.checkpoint.owners import Owners
 from gpp.checkpoint.reader import buffers, optimizer, weights
 from gpp.checkpoint.tensors import CheckpointError
@@ -116,6 +116,19 @@ def restore(
             _write(kept, name, value, averages.get(key_of[name], state.parameters[name].detach()))
     state.renew_casts()
     _restore_optimizer(state, kept)
+
+
+def files_of(
+    state: StageState | None, part: Part, keys: Mapping[str, str], hidden: Sequence[str] = ()
+) -> set[str]:
+    """The files of a checkpoint that `restore` reads. `keys`, `hidden`: see `Shares`."""
+    if state is None:
+        return set()
+    held = {**state.parameters, **state.buffers}
+    wanted = {key for key, name in keys.items() if name in held}
+    found = {file for files in (part.weights, part.averages) for key, file in files.items() if key in wanted}
+    found |= {file for name, file in part.buffers.items() if name in hidden and name in held}
+    return found | {entry.file for name, entry in part.optimizer.items() if name in held}
 
 
 def _restore_optimizer(state: StageState, kept: Kept) -> None:
