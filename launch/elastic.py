@@ -52,7 +52,10 @@ def shelf_for(config: DictConfig, mpi: "MpiCommunicator | None") -> "Shelf | Non
     from gpp.checkpoint.tensors import CheckpointError
 
     try:
-        return shelf_of(mpi)
+        shelf = shelf_of(mpi)
+        if mpi.rank == 0:
+            print(f"copies in memory: {shelf.path}", flush=True)
+        return shelf
     except CheckpointError as error:
         if mpi.rank == 0:
             print(f"no copies in memory, only checkpoints on disk: {error}", flush=True)

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpp.checkpoint.folder import Kept
-from gpp.checkpoint.shelf import Copy, Shelf, Stock, build, newest_whole, path_of
+from gpp.checkpoint.shelf import ROOT, Copy, Shelf, Stock, build, newest_whole, path_of
 from gpp.checkpoint.tensors import CheckpointError, check_file
 from gpp.plan_table import readable_bytes
 from gpp.runtime.agreement import agree
@@ -36,11 +37,11 @@ class InMemory:
             raise CheckpointError(f"every of InMemory must be at least 1, it is {self.every}")
 
 
-def shelf_of(comm: Communicator) -> Shelf:
+def shelf_of(comm: Communicator, root: Path = ROOT) -> Shelf:
     """A shelf for a job, once for its whole life; called by all ranks. Raises CheckpointError, on all ranks,
     where there is no memory file system."""
     host = list(dict.fromkeys(comm.hosts)).index(comm.hosts[comm.rank])
-    path = path_of(comm.broadcast_object(lambda: secrets.token_hex(8)), host)
+    path = path_of(comm.broadcast_object(lambda: secrets.token_hex(8)), host, root)
     made: Shelf | None = None
     for first in (True, False):
         error: str | None = None

@@ -70,7 +70,7 @@ class Copies:
     def abandon(self) -> None:
         """Ranks are lost: what was begun is over. Messages that MPI may still write to stay with the
         communicator, which goes on holding `poll`."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown()
 
     def _own(self, written: "Future[str]", folder: Path) -> Waits:
         yield Work(written)
