@@ -112,10 +112,10 @@ def _checked(config: DictConfig, overrides: Sequence[str]) -> tuple[Emulation, T
 def _settings(config: DictConfig) -> TrainSettings:
     """The `train` group, in which nothing is kept."""
     settings = train_settings(config)
-    if settings.checkpoint_every is not None or settings.resume is not None:
+    if any(v is not None for v in (settings.checkpoint_every, settings.checkpoint_memory, settings.resume)):
         raise SettingsError(
-            "device=emulated trains nothing that a checkpoint could keep: leave out train.checkpoint_every "
-            "and train.resume"
+            "device=emulated trains nothing that a checkpoint could keep: leave out train.checkpoint_every, "
+            "train.checkpoint_memory and train.resume"
         )
     return settings
 
