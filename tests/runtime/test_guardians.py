@@ -1,7 +1,7 @@
 """Who keeps whose copies."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpp.runtime.guardians import first_of_host, guardians, kept_on, transfers, wards
@@ -23,6 +23,7 @@ def test_neighbours(hosts: str, expected: tuple[int | None, ...]) -> None:
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=5))
+@settings(max_examples=30, deadline=None)
 def test_every_part_survives_every_host(counts: list[int]) -> None:
     hosts = tuple(f"h{number}" for number, count in enumerate(counts) for _ in range(count))
     everyone = range(len(hosts))
