@@ -14,6 +14,7 @@ from launch.preemption import REQUEUE, exit_code, listening
 from launch.settings import SettingsError, train_settings
 from launch.start import CONF
 from tests.mpirun import why_no_mpi
+from tests.thorough import thorough
 
 from .commands import SLOW, foreign, losses, read, run_command, run_lines
 
@@ -62,6 +63,29 @@ def test_a_rank_dies_the_job_goes_on_is_asked_to_end_and_resumed(tmp_path: Path)
     assert losses(folder / "run") == pytest.approx(whole, rel=1e-6) and len(whole) == STEPS
     shelf = Path(job.stdout.split("copies in memory: ")[1].split()[0])
     assert shelf.parent == ROOT and is_gone(shelf)
+
+
+@thorough
+@pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
+@pytest.mark.parametrize(
+    "dies",
+    ["1:300,2:420", "0:350,1:350", "2:250,0:500,3:700", "1:240,2:241"],
+    ids=["one after the other", "two at once", "three", "while a copy is under way"],
+)
+def test_losses_one_after_the_other(dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one host all copies outlive all ranks: each time training goes on where the last copy was made."""
+    monkeypatch.setenv("DIES", dies)
+    folder = foreign(tmp_path)
+    arguments = ["-n", "4", "tests.launch.dying", *BASE, *PLAIN, "train.elastic=true", "hydra.run.dir=run"]
+    arguments += ["train.checkpoint_every=100", "train.checkpoint_memory=1"]
+    job = run_command("launch.mpirun", *arguments, cwd=folder, timeout=240)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "goes on at step " in job.stdout and "the copy in memory has " in job.stdout, job.stdout
+    assert [line["step"] for line in read(folder / "run", "metrics.jsonl")] == list(range(STEPS))
+    (whole,) = run_lines(folder, [["train", *BASE, *PLAIN, "hydra.run.dir=whole", "cluster.devices=4"]])
+    whole.passed()
+    assert losses(folder / "run") == pytest.approx(losses(folder / "whole"), rel=1e-6)
+    assert is_gone(Path(job.stdout.split("copies in memory: ")[1].split()[0]))
 
 
 def is_gone(shelf: Path) -> bool:
