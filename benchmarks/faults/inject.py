@@ -15,7 +15,7 @@ from safetensors.torch import save
 import gpp.capture.capture as capture
 import gpp.checkpoint.tensors as tensors
 import gpp.checkpoint.writer as writer
-from gpp.api.checkpoints import Saving
+from gpp.api.saving import Saving
 from gpp.checkpoint.folder import opened
 from gpp.checkpoint.manifest import MANIFEST
 from gpp.checkpoint.tensors import CheckpointError

@@ -1,13 +1,16 @@
 """A user's batch against what the model was captured with: one sentence for what does not fit."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from gpp.capture.capture import Captured
 from gpp.runtime.data import DataError, Dataset
+
+from .crew import Crew, RefusedError
 
 Batch = Mapping[str, Tensor]  # by key a tensor of shape (samples, ...)
 
@@ -79,3 +82,23 @@ def misfit(
             wanted = f"{samples} samples" if samples else "at least one sample"
             return f"batch key {key!r} must have {wanted}, it has {len(value)}"
     return None
+
+
+def agreed(batches: Iterable[Batch], specs: Mapping[str, KeySpec], crew: Crew) -> Iterator[tuple[Batch, int]]:
+    """Each batch with its samples, of which all ranks have as many. Raises RefusedError where they differ."""
+    given = iter(batches)
+    for number in count():
+        batch = next(given, None)
+        size = None if batch is None else samples_of(batch, specs)
+        known = crew.all_gather((batch is None, size))
+        over = [ended for ended, _ in known]
+        if all(over):
+            return
+        sizes = {size for _, size in known if size is not None}
+        if any(over) or len(sizes) != 1:
+            raise RefusedError(
+                f"all ranks must give as many batches of as many samples: of number {number} they have "
+                + ", ".join("none" if ended else f"{size} samples" for ended, size in known)
+            )
+        assert batch is not None
+        yield batch, sizes.pop()

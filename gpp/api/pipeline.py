@@ -6,7 +6,6 @@ rank; without MPI the ranks are threads of the one process, and what is said of 
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from gpp.checkpoint.shelf import Copy, Shelf
 from gpp.plan import Plan
 from gpp.program.build import Hooks
 from gpp.program.stage import StageProgram
-from gpp.runtime.communicator import Communicator, RanksLostError
+from gpp.runtime.communicator import Communicator
 from gpp.runtime.data import Batches, Dataset, evaluation_batches
 from gpp.runtime.memory import peak, start_of_peak
 from gpp.runtime.out_of_memory import explained
@@ -32,20 +31,11 @@ from gpp.runtime.trainer import StepRecord, Trainer
 from gpp.schedule.task import Schedule
 from gpp.trace import Trace
 
-from .batches import Batch, Checked, key_specs, misfit, samples_of
-from .checkpoints import Checkpoints, Saving, Subject, load, recall
+from .batches import Batch, Checked, agreed, key_specs, misfit
+from .checkpoints import Checkpoints, Subject, load, recall, subject_of
 from .crew import Crew, RefusedError
-from .job import (
-    Job,
-    Training,
-    Values,
-    changed_buffers,
-    evaluation_schedule,
-    holders_of,
-    programs_of,
-    state_of,
-)
-from .optimizer import optimizer_factor
+from .job import Job, Training, Values, evaluation_schedule, holders_of, programs_of, state_of
+from .saving import Saving
 from .step_result import StepResult, reason_to_skip, step_result
 
 T = TypeVar("T")
@@ -226,21 +216,7 @@ class Pipeline:
 
             if saving is None:
                 return fit()
-            rank = trainer.comm.rank
-            try:
-                saving.at_start(rank, start)
-                made = fit(between=saving.between(rank, stop))
-                trainer.comm.doing.now("writes a checkpoint")
-                if made < stop:
-                    saving.at_stop(rank, made)
-                saving.finish(rank)
-            except RanksLostError:
-                saving.abandon()  # those who are left go on in the same folder
-                raise
-            except BaseException:
-                saving.give_up()  # threads of this process must not wait for this rank's part
-                raise
-            return made
+            return saving.around(trainer.comm.rank, start, stop, lambda between: fit(between=between))
 
         self.steps = self._run("trains", work)[0]
         reason_to_skip(self._one_trainer.verdict)
@@ -366,11 +342,7 @@ class Pipeline:
             return programs_of(self.job, rank, schedules, self._device, self._hooks)
 
     def _subject(self) -> Subject:
-        keys = self._names or {name: name for name in holders_of(self.job)}
-        factor = optimizer_factor(self._training.make_optimizer)
-        known = set(keys.values())
-        hidden = tuple(name for name in changed_buffers(self.job) if name not in known)
-        return Subject(self.job, keys, self._outside, hidden, self._seed, self._training.ema, factor)
+        return subject_of(self.job, self._names, self._outside, self._training, self._seed)
 
     def _states(self) -> dict[int, StageState | None]:
         found = {rank: trainer.state for rank, trainer in self._trainers.items()}
@@ -404,32 +376,15 @@ class Pipeline:
 
     def _parts(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """The batches in pieces of at most a mini-batch, with their sizes, on which all ranks agree."""
-        given = iter(batches)
-        for number in count():
-            batch = next(given, None)
-            size = None if batch is None else samples_of(batch, self._specs)
-            known = self._crew.all_gather((batch is None, size))
-            over = [ended for ended, _ in known]
-            if all(over):
-                return
-            sizes = {size for _, size in known if size is not None}
-            if any(over) or len(sizes) != 1:
-                raise RefusedError(
-                    f"all ranks must give as many batches of as many samples: of number {number} they have "
-                    + ", ".join("none" if ended else f"{size} samples" for ended, size in known)
-                )
-            assert batch is not None
-            total = sizes.pop()
+        for batch, total in agreed(batches, self._specs, self._crew):
             pieces = evaluation_batches(total, self.plan.mini_batch)
             for piece in pieces:
                 self._prepare(len(piece))
             needed = {k for t in self._trainers.values() for p in pieces for k in t.evaluation_keys(len(p))}
             self._agreed(misfit(batch, self._specs, sorted(needed), total))
             for piece in pieces:
-                yield (
-                    len(piece),
-                    {k: v[piece.start : piece.stop] for k, v in batch.items() if k in self._specs},
-                )
+                rows = slice(piece.start, piece.stop)
+                yield len(piece), {key: v[rows] for key, v in batch.items() if key in self._specs}
 
     def _prepare(self, size: int) -> None:
         """Schedules and programs for the evaluation of so many samples at once, kept for the next time."""
