@@ -6,6 +6,7 @@ survived: an exception would come again.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from gpp.runtime.environment import fault_tolerance
 
 from .problems import SettingsError
-from .settings import TrainSettings
+from .settings import TrainSettings, train_settings
 
 if TYPE_CHECKING:
     from gpp.checkpoint.shelf import Shelf
@@ -62,21 +63,32 @@ def shelf_for(config: DictConfig, mpi: "MpiCommunicator | None") -> "Shelf | Non
         return None
 
 
-def without(config: DictConfig, lost: tuple[int, ...], mpi: "MpiCommunicator") -> DictConfig:
+def without(config: DictConfig, lost: tuple[int, ...], mpi: "MpiCommunicator", run: Path) -> DictConfig:
     """The configuration of those who are left: as many devices as they are, a plan of their own, and from the
-    newest checkpoint. `mpi` is their communicator; its first rank speaks for them from now on."""
+    newest checkpoint of this run, or before its first from where it began. `mpi` is their communicator; its
+    first rank speaks for them from now on. `run` is the run's folder."""
     if mpi.rank == 0:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         ranks = f"{'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}"
         print(f"lost {ranks}: {mpi.size} ranks go on, renumbered from 0", flush=True)
     found = config.copy()
     devices = OmegaConf.select(config, "cluster.devices")
-    changes: dict[str, object] = {"train.resume": "auto", "plan": None}
+    changes: dict[str, object] = {"plan": None}
+    if mpi.broadcast_object(lambda: _has_checkpoints(config, run)):
+        changes["train.resume"] = "auto"
     if isinstance(devices, int) and devices > mpi.size:
         changes["cluster.devices"] = mpi.size
     for key, value in changes.items():
         OmegaConf.update(found, key, value)
     return found
+
+
+def _has_checkpoints(config: DictConfig, run: Path) -> bool:
+    from gpp.checkpoint.folder import newest
+
+    from .resume import folder_of
+
+    return newest(folder_of(train_settings(config), run))[0] is not None
 
 
 def is_wanted(overrides: Sequence[str]) -> bool:

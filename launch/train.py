@@ -52,7 +52,7 @@ def train(config: DictConfig, mpi: "MpiCommunicator | None") -> None:
                     raise
             comm = mpi = mpi.survivors()
             listener.rank = mpi.rank
-            config = without(config, lost, mpi)
+            config = without(config, lost, mpi, folder)
 
 
 def _ended(

@@ -264,10 +264,16 @@ class MpiCommunicator(Collectives):
 
     def survivors(self) -> "MpiCommunicator":
         """A communicator of those who are left, in their order; called by all of them, when each has seen
-        that ranks are lost. This one is not to be used any more. Needs MPI's fault tolerance (ULFM)."""
-        self.doing.now("looks for who is left")
-        left_ones = cast(MPI.Intracomm, self._comm.Shrink())
-        ranks = left_ones.allgather(self._rank)
+        that ranks are lost. This one is not to be used any more.
+
+        Those who watch say who is left: MPI's own `Shrink` waits for ever for a rank that ended with a code
+        other than 0, which Open MPI takes neither for dead nor for alive.
+        """
+        assert self.watch is not None  # nobody else has said that ranks are lost
+        self.doing.now("waits until all who are left know it")
+        ranks = self.watch.survivors()
+        self.doing.now("makes a communicator of those who are left")
+        left_ones = self._comm.Create_group(self._comm.Get_group().Incl(ranks))
         hosts = tuple(self._hosts[rank] for rank in ranks)
         made = MpiCommunicator(left_ones, hosts, f"{self._job}+{self._size}", synchronous=self._synchronous)
         made.device_memory = self.device_memory
@@ -276,9 +282,8 @@ class MpiCommunicator(Collectives):
             list(self._persistent),
             list(self._going),
         )  # MPI may still write to their memory
-        if self.watch is not None:
-            atexit.unregister(self.watch.leave)
-            self.watch.close()
+        atexit.unregister(self.watch.leave)
+        self.watch.close()
         return made
 
     def watch_by(self, rules: Rules, folder: Path | None = None) -> None:

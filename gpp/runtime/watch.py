@@ -65,6 +65,8 @@ class Watch:
         self._watcher = Watcher(hosts, self.rules, time.monotonic()) if exchange is not None else None
         self._board = Board(len(hosts), self._pause, self._until)
         self._asked = False
+        self._ready: set[int] = set()  # that have seen that ranks are lost
+        self._survivors: tuple[int, ...] | None = None
         self._announced: tuple[int, ...] = ()
         self._said: tuple[Sight, float] = (Sight(count=-1), 0.0)
         self._queue: SimpleQueue[Message] = SimpleQueue()
@@ -93,6 +95,14 @@ class Watch:
         """This rank cannot go on: the report, and the end of the job. Returns only if nobody made them."""
         self._say({"kind": "failed", "error": error, "details": details, "code": code, "shown": shown})
         self._thread.join(LAST)
+
+    def survivors(self) -> tuple[int, ...]:
+        """The ranks that are left, the same on all of them, once each has asked. Waits: if one of them never
+        does, the watch ends the job."""
+        self._say({"kind": "ready"})
+        while self._survivors is None:
+            time.sleep(self._interval / 4)
+        return self._survivors
 
     def leave(self) -> None:
         """This process ends, and MPI lets it wait for the others. Who watches does so until they come too, or
@@ -205,6 +215,9 @@ class Watch:
                     line.send(message)
                 for line in self._own.values():
                     line.send({"kind": "closing"})
+            case "ready":  # whoever acts by now: the one who did may be among the lost
+                for line in self._lines.values():
+                    line.send(message)
             case "sight":
                 pass  # it woke up, and says it anyway
             case "failed":
@@ -235,6 +248,8 @@ class Watch:
                 line.send({"kind": "explained", "sight": sight_to_json(self._sight()), "traces": traces()})
             case "lost":
                 self.lost = tuple(message["ranks"])
+            case "survivors":
+                self._survivors = tuple(message["ranks"])
             case "pause":
                 self.halt.paused(message["reason"])
             case "until":
@@ -258,6 +273,8 @@ class Watch:
             case "failed":
                 watcher.explained(rank, sight_from_json(message["sight"]), message["details"], now)
                 watcher.failed(rank, message["error"], message["code"], now, shown=message["shown"])
+            case "ready":
+                self._ready.add(rank)
             case "over":
                 watcher.members[rank].over = True
             case "stop":
@@ -277,6 +294,9 @@ class Watch:
         if watcher.lost != self._announced:
             self._announced = watcher.lost
             self._to_all({"kind": "lost", "ranks": watcher.lost})
+        left_ones = [rank for rank, member in enumerate(watcher.members) if not member.gone]
+        if self._ready.issuperset(left_ones) and self._survivors is None:
+            self._to_all({"kind": "survivors", "ranks": left_ones})
         if watcher.is_asking and not self._asked:
             self._asked = True
             self._to_all({"kind": "explain"})
