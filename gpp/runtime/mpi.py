@@ -266,14 +266,18 @@ class MpiCommunicator(Collectives):
         """A communicator of those who are left, in their order; called by all of them, when each has seen
         that ranks are lost. This one is not to be used any more.
 
-        Those who watch say who is left: MPI's own `Shrink` waits for ever for a rank that ended with a code
-        other than 0, which Open MPI takes neither for dead nor for alive.
+        Those who watch say who is left, if any of them is: MPI's own `Shrink` waits for ever for a rank that
+        ended with a code other than 0, which Open MPI takes neither for dead nor for alive.
         """
         assert self.watch is not None  # nobody else has said that ranks are lost
         self.doing.now("waits until all who are left know it")
         ranks = self.watch.survivors()
         self.doing.now("makes a communicator of those who are left")
-        left_ones = self._comm.Create_group(self._comm.Get_group().Incl(ranks))
+        if ranks is None:
+            left_ones = cast(MPI.Intracomm, self._comm.Shrink())
+            ranks = tuple(left_ones.allgather(self._rank))
+        else:
+            left_ones = self._comm.Create_group(self._comm.Get_group().Incl(ranks))
         hosts = tuple(self._hosts[rank] for rank in ranks)
         made = MpiCommunicator(left_ones, hosts, f"{self._job}+{self._size}", synchronous=self._synchronous)
         made.device_memory = self.device_memory

@@ -96,11 +96,11 @@ class Watch:
         self._say({"kind": "failed", "error": error, "details": details, "code": code, "shown": shown})
         self._thread.join(LAST)
 
-    def survivors(self) -> tuple[int, ...]:
-        """The ranks that are left, the same on all of them, once each has asked. Waits: if one of them never
-        does, the watch ends the job."""
+    def survivors(self) -> tuple[int, ...] | None:
+        """The ranks that are left, the same on all of them, once each has asked; None where all who watch are
+        among the lost. Waits: if a rank never asks, the watch ends the job."""
         self._say({"kind": "ready"})
-        while self._survivors is None:
+        while self._survivors is None and (self._lines or not self._queue.empty()):
             time.sleep(self._interval / 4)
         return self._survivors
 

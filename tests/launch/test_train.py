@@ -252,7 +252,7 @@ class TestUnderMpi:
             ("steps", "train.steps must be a whole number of at least 0, it is -1"),
             ("capture", "cannot be captured in module 'inner'"),
             ("no such choice", "train.on_nonfinite must be one of stop, skip, null, it is 'ignore'"),
-            ("not finite", ": the loss is nan and the gradients of right.weight, right.bias and 4 more are"),
+            ("not finite", "step 0: the loss is nan and the gradients of "),
             ("not finite", "It began here: key 'b' of the batch holds NaN in sample"),
         ],
     )

@@ -9,7 +9,7 @@ from gpp.capture.capture import Captured, capture
 from gpp.capture.weights import build_recorded
 from gpp.graph import ComputationGraph
 from gpp.planner.series_parallel import Parallel, Series, decompose
-from launch.objects import chosen, dataset, model_builder
+from launch.objects import chosen, data_object, dataset, model_builder
 from launch.start import CONF
 from tests.thorough import thorough
 
@@ -22,7 +22,8 @@ def configured(*overrides: str) -> DictConfig:
 def captured(*overrides: str) -> Captured:
     config = configured(*overrides)
     model = build_recorded(model_builder(chosen(config, "model", overrides)), 0).model
-    data = dataset(chosen(config, "data", overrides), model)
+    arguments = chosen(config, "data", overrides)
+    data = dataset(data_object(arguments), arguments, model)
     batch = {key: value.to("meta") for key, value in data.read(range(4), data.keys).items()}
     return capture(model, batch)
 

@@ -76,7 +76,7 @@ def test_the_root_cause_is_raised_and_ends_the_others() -> None:
         run(LoopbackWorld(4), body)
     assert time.monotonic() - start < 5
     assert seen == ["rank 1 failed: ValueError: bad stage"] * 3
-    assert caught.value.__notes__ == ["raised by rank 1 of 4"]
+    assert caught.value.__notes__ == ["raised by rank 1 of 4: starts"]
 
 
 def test_failure_reaches_ranks_that_only_poll_or_post() -> None:
