@@ -37,6 +37,7 @@ CROWD = 4  # ranks for each processor of the host; with more of them polling is 
 BRIEF = 50e-6  # so that they poll no longer than this
 BUSY = 25e-6  # a yield that takes so long: somebody else wants the processor, and polling ends at once
 LONGEST_SLEEP = 500e-6  # where nobody rings: other hosts, and what goes out, which MPI pushes on when polled
+KNOWN_WITHIN = 2.0  # seconds that MPI may take to learn of a death; some it never does
 SAID_WITHIN = 5.0  # seconds from an error of MPI to knowing who is gone
 MANY = 8  # sends under way: then it is time to see which have left
 PATIENCE = 0.1  # then sleep this part of the time waited so far: noticed at most so much too late
@@ -266,18 +267,19 @@ class MpiCommunicator(Collectives):
         """A communicator of those who are left, in their order; called by all of them, when each has seen
         that ranks are lost. This one is not to be used any more.
 
-        Those who watch say who is left, if any of them is: MPI's own `Shrink` waits for ever for a rank that
-        ended with a code other than 0, which Open MPI takes neither for dead nor for alive.
+        Those who watch say who is left, if any of them is, and whether MPI knows it on all: its own `Shrink`
+        waits for ever for a rank that ended with a code other than 0, which Open MPI takes neither for dead
+        nor for alive; and `Create_group` fails if MPI learns of a death meanwhile.
         """
         assert self.watch is not None  # nobody else has said that ranks are lost
         self.doing.now("waits until all who are left know it")
-        ranks = self.watch.survivors()
+        found = self.watch.survivors(known=self._knows(self.watch.lost))
         self.doing.now("makes a communicator of those who are left")
-        if ranks is None:
+        if found is None or found.known:
             left_ones = cast(MPI.Intracomm, self._comm.Shrink())
-            ranks = tuple(left_ones.allgather(self._rank))
         else:
-            left_ones = self._comm.Create_group(self._comm.Get_group().Incl(ranks))
+            left_ones = self._comm.Create_group(self._comm.Get_group().Incl(found.ranks))
+        ranks = tuple(left_ones.allgather(self._rank))
         hosts = tuple(self._hosts[rank] for rank in ranks)
         made = MpiCommunicator(left_ones, hosts, f"{self._job}+{self._size}", synchronous=self._synchronous)
         made.device_memory = self.device_memory
@@ -289,6 +291,17 @@ class MpiCommunicator(Collectives):
         atexit.unregister(self.watch.leave)
         self.watch.close()
         return made
+
+    def _knows(self, lost: Sequence[int]) -> bool:
+        """Whether MPI knows too, by now or soon, that these ranks are lost."""
+        group, end = self._comm.Get_group(), time.monotonic() + KNOWN_WITHIN
+        while time.monotonic() < end:
+            failed = self._comm.Get_failed()
+            known = group.Translate_ranks(list(lost), failed) if failed.size else []
+            if known and MPI.UNDEFINED not in known:
+                return True
+            time.sleep(LONG)
+        return False
 
     def watch_by(self, rules: Rules, folder: Path | None = None) -> None:
         """See `Communicator`."""

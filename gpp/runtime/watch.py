@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from socket import socketpair
@@ -36,6 +37,14 @@ def hubs_of(hosts: Sequence[str]) -> tuple[int, ...]:
     """Who watches: the first rank, and a deputy."""
     others = [rank for rank, host in enumerate(hosts) if host != hosts[0]]
     return (0, others[0] if others else 1) if len(hosts) > 1 else (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class Survivors:
+    """The ranks that are left, and whether MPI knows on all of them that the others are not."""
+
+    ranks: tuple[int, ...]
+    known: bool
 
 
 class Watch:
@@ -65,8 +74,8 @@ class Watch:
         self._watcher = Watcher(hosts, self.rules, time.monotonic()) if exchange is not None else None
         self._board = Board(len(hosts), self._pause, self._until)
         self._asked = False
-        self._ready: set[int] = set()  # that have seen that ranks are lost
-        self._survivors: tuple[int, ...] | None = None
+        self._ready: dict[int, bool] = {}  # ranks that have seen that others are lost; whether MPI has too
+        self._survivors: Survivors | None = None
         self._announced: tuple[int, ...] = ()
         self._said: tuple[Sight, float] = (Sight(count=-1), 0.0)
         self._queue: SimpleQueue[Message] = SimpleQueue()
@@ -96,10 +105,10 @@ class Watch:
         self._say({"kind": "failed", "error": error, "details": details, "code": code, "shown": shown})
         self._thread.join(LAST)
 
-    def survivors(self) -> tuple[int, ...] | None:
-        """The ranks that are left, the same on all of them, once each has asked; None where all who watch are
-        among the lost. Waits: if a rank never asks, the watch ends the job."""
-        self._say({"kind": "ready"})
+    def survivors(self, *, known: bool) -> "Survivors | None":
+        """Who is left, the same on all of them, once each has asked; None where all who watch are among the
+        lost. `known`: here MPI knows of those. Waits: if a rank never asks, the watch ends the job."""
+        self._say({"kind": "ready", "known": known})
         while self._survivors is None and (self._lines or not self._queue.empty()):
             time.sleep(self._interval / 4)
         return self._survivors
@@ -249,7 +258,7 @@ class Watch:
             case "lost":
                 self.lost = tuple(message["ranks"])
             case "survivors":
-                self._survivors = tuple(message["ranks"])
+                self._survivors = Survivors(tuple(message["ranks"]), message["known"])
             case "pause":
                 self.halt.paused(message["reason"])
             case "until":
@@ -274,7 +283,7 @@ class Watch:
                 watcher.explained(rank, sight_from_json(message["sight"]), message["details"], now)
                 watcher.failed(rank, message["error"], message["code"], now, shown=message["shown"])
             case "ready":
-                self._ready.add(rank)
+                self._ready[rank] = bool(message["known"])
             case "over":
                 watcher.members[rank].over = True
             case "stop":
@@ -295,8 +304,9 @@ class Watch:
             self._announced = watcher.lost
             self._to_all({"kind": "lost", "ranks": watcher.lost})
         left_ones = [rank for rank, member in enumerate(watcher.members) if not member.gone]
-        if self._ready.issuperset(left_ones) and self._survivors is None:
-            self._to_all({"kind": "survivors", "ranks": left_ones})
+        if self._survivors is None and self._ready and set(self._ready).issuperset(left_ones):
+            known = all(self._ready[rank] for rank in left_ones)
+            self._to_all({"kind": "survivors", "ranks": left_ones, "known": known})
         if watcher.is_asking and not self._asked:
             self._asked = True
             self._to_all({"kind": "explain"})

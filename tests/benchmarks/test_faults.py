@@ -188,11 +188,11 @@ def test_tables_of_verdicts() -> None:
 
 
 SHORT = (
-    case(shape=Shape.REPLICAS, place=Place.REDUCE, fault=Fault.RUNTIME),
     case(rank=2, place=Place.UPDATE, fault=Fault.HANG),
     case(place=Place.BYTES, occurrence=2, share=0.61803),
 )
 LONG = (
+    case(shape=Shape.REPLICAS, place=Place.REDUCE, fault=Fault.RUNTIME),
     case(place=Place.RECEIVE),
     case(rank=0, place=Place.MANIFEST, occurrence=1),
     case(rank=0, place=Place.RENAME, occurrence=1, fault=Fault.EXIT_0),

@@ -11,7 +11,8 @@ from .killed import MORE
 
 
 @pytest.mark.parametrize(
-    ("seed", "kills"), [(0, 1), *(pytest.param(seed, 8, marks=thorough) for seed in range(1, 11))]
+    ("seed", "kills"),
+    [pytest.param(0, 1, marks=thorough), *(pytest.param(seed, 8, marks=thorough) for seed in range(1, 11))],
 )
 def test_a_killed_run_goes_on(seed: int, kills: int, tmp_path: Path) -> None:
     done = run_command("tests.launch.killed", str(seed), str(kills), cwd=foreign(tmp_path), timeout=250)

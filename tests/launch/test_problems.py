@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.problems import Collected, SettingsError
+from tests.thorough import thorough
 
 from ..mpirun import why_no_mpi
 from .commands import MINE, Result, foreign, run_lines
@@ -157,6 +158,7 @@ def test_all_problems_are_one_message(name: str, results: dict[str, Result]) -> 
         assert sum(text in line for line in rest) == 1, (text, message)
 
 
+@thorough
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
 def test_one_rank_speaks_for_all(tmp_path: Path) -> None:

@@ -262,6 +262,7 @@ class TestUnderMpi:
     def test_help_comes_once(self, done: dict[str, Result], mpi_done: dict[str, Result]) -> None:
         assert mpi_done["help"].out == done["help"].out
 
+    @thorough
     def test_the_command_that_starts_ranks(self, folder: Path) -> None:
         """From a folder of the user's, with nothing but the names of a model and a data set."""
         start = ("-n", "2", "launch.train", *MINE, "train.steps=2", "train.mini_batch=16")
@@ -275,7 +276,12 @@ class TestUnderMpi:
 
     @pytest.mark.parametrize(
         "way",
-        ["raise", pytest.param("exit", marks=thorough), "kill", pytest.param("vanish", marks=thorough)],
+        [
+            "raise",
+            pytest.param("exit", marks=thorough),
+            pytest.param("kill", marks=thorough),
+            pytest.param("vanish", marks=thorough),
+        ],
     )
     def test_one_failing_rank_ends_the_job(
         self, way: str, folder: Path, monkeypatch: pytest.MonkeyPatch
