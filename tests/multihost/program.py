@@ -37,10 +37,12 @@ def bells(comm: MpiCommunicator) -> None:
     nothing = torch.zeros(1)
     if comm.rank % 2 == 0:
         bell.lie_down()
-        told = comm.isend(nothing, peer, 0)
+        told, looked = comm.isend(nothing, peer, 0), comm.irecv(nothing, peer, 1)
         start = time.perf_counter()
         bell.sleep(60)
         slept = time.perf_counter() - start
+        while not looked.done():  # the bed is left only when the other has seen it taken, however slow it is
+            time.sleep(1e-3)
         bell.get_up()
         comm.wait([told])
     else:
@@ -49,6 +51,7 @@ def bells(comm: MpiCommunicator) -> None:
         assert bell._asleep[peer] == ASLEEP
         assert not any(bell._asleep[r] for r in range(4) if not comm._near[r])
         bell.ring(peer)
+        comm.wait([comm.isend(nothing, peer, 1)])
     everyone = comm.all_gather_object(slept)
     if comm.rank == 0:
         print(json.dumps({"hosts": comm.hosts, "slept": everyone}), flush=True)
